@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that needs an accelerator: correctness on CUDA against the CPU, a short run with a resume, speed and memory tables.
+#
+#   scripts/on_gpu.sh              on a machine with CUDA; about 15 minutes; writes benchmarks/results/*.json
+#   scripts/on_gpu.sh --dry-run    the same commands on the CPU at toy size, to see that they work; writes to a temporary folder
+#
+# PYTHON=... picks the interpreter (default: .venv/bin/python).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+case "${1:-}" in
+  "") device=cuda trainer=gpu results=benchmarks/results ;;
+  --dry-run) device=cpu trainer=cpu results=$(mktemp -d) ;;
+  *) echo "usage: scripts/on_gpu.sh [--dry-run]" >&2; exit 2 ;;
+esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "correctness on $device"
+MOA_TEST_DEVICE=$device "$python" -m pytest tests/gpu -q -p no:cacheprovider
+
+say "a short run, and its resume"
+"$python" -m moa_train.data toy out="$work/toy" train=64 validation=16
+run=("$python" -m moa_train.train experiment=toy trainer=$trainer run_dir="$work/run" data.batch_size=8
+     data.train="$work/toy" data.validation="$work/toy" validate_every=null callbacks.samples=null)
+"${run[@]}" max_steps=2
+"${run[@]}" max_steps=4 ckpt="$work/run/checkpoints/last.ckpt"
+"$python" -m moa_train.export ckpt="$work/run/checkpoints/last.ckpt" out="$work/personalized.safetensors"
+
+say "pictures and the benchmark"
+"$python" -m moa_train.eval weights="$work/personalized.safetensors" out="$work/eval" device=$device \
+  people=4 contexts=1 steps=2
+
+say "speed and memory: $results"
+if [ "$device" = cuda ]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  for latent in 32 64 96; do
+    "$python" scripts/bench_unet.py --size sd15 --device cuda --latent $latent --out "$results"
+  done
+else
+  "$python" scripts/bench_unet.py --size tiny --device cpu --repeats 2 --out "$results"
+fi
+say "done; results in $results"

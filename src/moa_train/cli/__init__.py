@@ -1,0 +1,1 @@
+"""Commands: one thin file each; the only users of Hydra and OmegaConf."""

@@ -1,0 +1,69 @@
+"""`moa-eval`: the numbers and pictures that say whether personalized weights do what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_train.cli.command import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = """\
+Measure personalized weights: identity, context, routing, diversity.
+
+  moa-eval weights=personalized.safetensors
+  moa-eval weights=runs/demo/personalized.safetensors out=runs/demo people=24 seeds=[0,1,2,3]
+
+benchmark=toy (the only one so far) shows MoA one photo each of people that training never saw, lets it draw them in
+eight contexts, and compares with the prior's pictures of equal prompts and seeds: some minutes on two CPU cores.
+
+  weights=toy              what moa-export wrote; toy: the file in this package
+  prior=toy                the prior that the weights belong to
+  people=12 contexts=8 seeds=[0,1]    how much is generated: people x contexts x seeds pictures
+  steps=25 guidance=3      of the sampler
+  reference=scene          the photo of a person: scene (somewhere else) or portrait
+  out=outputs/eval         where everything goes
+  device=cuda dtype=float32
+
+Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and config.yaml into `out`.
+Every setting with its meaning: configs/eval.yaml
+"""
+
+
+def run(cfg: DictConfig) -> None:
+    """Generate, measure and report what the configuration describes."""
+    from omegaconf import OmegaConf
+
+    from moa_train.evaluation.benchmark import run_toy
+    from moa_train.evaluation.gallery import ToyProtocol
+    from moa_train.evaluation.report import table, write_report
+    from moa_train.inference.device import device_and_dtype
+    from moa_train.inference.pipeline import MoAPipeline
+    from moa_train.prior.probe import load_probe
+
+    settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if settings["benchmark"] != "toy":
+        raise ValueError(f"there is no benchmark {settings['benchmark']}; expected toy")
+    keys = ("people", "contexts", "reference", "margin", "steps", "guidance", "batch_size")
+    protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
+    device, dtype = device_and_dtype(settings["device"], settings["dtype"])
+    probe = load_probe(_probe_folder(settings["probe"]))
+    pipe = MoAPipeline.from_pretrained(settings["prior"], settings["weights"], torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    gallery, numbers = run_toy(pipe, probe, protocol)
+    out = Path(settings["out"])
+    write_report(out, gallery, numbers)
+    OmegaConf.save(cfg, out / "config.yaml")
+    for question, measure, whose, mean, low, high in table(numbers):
+        print(f"{question:35} {whose:46} {mean:8.4f}   [{low:.4f}, {high:.4f}]  {measure}")
+    print(f"{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {out / 'routing.png'}")
+
+
+def _probe_folder(name: str) -> Path:
+    """Where the networks lie that look at the pictures; "toy" are the ones in this package."""
+    return Path(__file__).parents[1] / "assets" / "toy_prior" / "probe" if name == "toy" else Path(name)
+
+
+main = command("eval", help=HELP, run="moa_train.cli.evaluate:run")

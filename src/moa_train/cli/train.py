@@ -1,0 +1,185 @@
+"""`moa-train`: trains personalized experts, routers and multimodal tokens on a prior."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moa_train.cli.command import command
+from moa_train.cli.paths import config_dir
+from moa_train.cli.prior import prior_paths_as_source
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from omegaconf import DictConfig
+
+    from moa_train.cli.runs import Run
+    from moa_train.prior.load import Prior
+    from moa_train.training.module import MoAModule
+
+logger = logging.getLogger(__name__)
+
+HELP = """\
+Train MoA: teach a text-to-image model to draw the people (or other subjects) in photos, without fine-tuning for each.
+
+  moa-train                                         the toy world on this machine's CPU (about 20 minutes on two cores)
+  moa-train experiment=ffhq_sd15 data.train=FOLDER data.validation=FOLDER      the paper's set-up, on a GPU
+  moa-train experiment=ffhq_sd15 trainer=ddp ...    on all GPUs of this machine
+  moa-train ckpt=last                               goes on with the newest run of this name, in its folder
+  moa-train -m optim.lr=1e-4,3e-4 max_steps=200     a sweep: one run a value
+
+Experiments (experiment=):  {experiment}
+Machines    (trainer=):     {trainer}
+Data        (data=):        {data}
+Prior       (prior=):       {prior}; or directly a Stable Diffusion folder or hub id: prior=/models/sd15
+Loggers     (logger=):      {logger}
+
+  max_steps=1000              optimizer steps
+  name=NAME run_dir=FOLDER    where the run goes: runs/NAME/TIME unless run_dir is given
+  ckpt=last | auto | PATH     resume, bit for bit; auto: resume if there is a checkpoint (for jobs that are requeued)
+  seed=0                      the same seed gives the same run
+  compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
+
+A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/{{last,step=...}}.ckpt.
+SIGTERM and Ctrl-C save a checkpoint first. Every setting with its meaning: configs/train.yaml and the groups beside it,
+or `moa-train --cfg job`.
+"""
+
+
+def run(cfg: DictConfig) -> None:
+    """Train as the configuration says."""
+    import pytorch_lightning as pl
+    from omegaconf import OmegaConf
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from moa_train.cli.runs import logged_to, open_run, refuse_sweep_of_ranks, tell_ranks
+
+    refuse_sweep_of_ranks(cfg)
+    chosen = open_run(cfg)
+    cfg.run_dir, cfg.run_id = str(chosen.folder), cfg.run_id or chosen.identifier
+    first = rank_zero_only.rank == 0
+    with logged_to(chosen.folder / ("train.log" if first else f"train.rank{rank_zero_only.rank}.log")):
+        if first:
+            OmegaConf.save(cfg, chosen.folder / "config.yaml", resolve=True)
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        prior, module = build_module(cfg)
+        datamodule = _build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
+        trainer = build_trainer(cfg, prior)
+        if trainer.world_size > 1:
+            tell_ranks(chosen.folder)
+        _fit(trainer, module, datamodule, chosen)
+
+
+def _fit(trainer: pl.Trainer, module: MoAModule, datamodule: pl.LightningDataModule, chosen: Run) -> None:
+    where = f"resuming {chosen.checkpoint}" if chosen.checkpoint else f"writing to {chosen.folder}"
+    trained = sum(parameter.numel() for parameter in module.trained_parameters().values())
+    if trainer.is_global_zero:
+        logger.info("training %.2f M parameters until step %d; %s", trained / 1e6, trainer.max_steps, where)
+    trainer.fit(module, datamodule, ckpt_path=None if chosen.checkpoint is None else str(chosen.checkpoint))
+
+
+def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
+    """The prior with MoA installed, and the Lightning module around it."""
+    from omegaconf import OmegaConf
+
+    from moa_train import __version__
+    from moa_train.conditioning.encoders import TextEncoder
+    from moa_train.denoiser import Denoiser
+    from moa_train.diffusion import NoiseSchedule
+    from moa_train.latents import LatentCodec
+    from moa_train.model.unet import add_moa, trainable_parameters
+    from moa_train.prior.load import load_prior
+    from moa_train.training.module import MoAModule
+
+    own = cfg.get("image_encoder") is None  # image_encoder=null: the prior's own
+    prior = load_prior(cfg.prior.source, None if own else _build(cfg.image_encoder))
+    moa = _build(cfg.model)(image_dim=prior.image_encoder.dim)
+    unet = add_moa(prior.unet, moa)
+    trained = trainable_parameters(unet)
+    trained["image_encoder"] = [item for item in prior.image_encoder.named_parameters() if item[1].requires_grad]
+    module = MoAModule(
+        denoiser=Denoiser(unet),
+        text_encoder=TextEncoder(prior.tokenizer, prior.text_encoder),
+        image_encoder=prior.image_encoder,
+        codec=LatentCodec(prior.vae),
+        schedule=NoiseSchedule.from_config(prior.scheduler.config),
+        trained=trained,
+        loss=_build(cfg.loss),
+        optimizer=_build(cfg.optim),
+        max_steps=cfg.max_steps,
+        prior=prior.identity,
+        provenance={
+            "moa": moa.to_dict(),
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            "moa_train_version": __version__,
+        },
+    )
+    module.cast_frozen(_prior_dtype(cfg))
+    if cfg.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if cfg.compile:
+        unet.compile_repeated_blocks()
+    return prior, module
+
+
+def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
+    """The trainer with its callbacks and loggers."""
+    from moa_train.training.callbacks.checkpoint import AtomicCheckpointIO
+
+    callbacks = [_build(callback) for callback in cfg.callbacks.values() if callback is not None]
+    callbacks = [
+        callback(pipeline=partial(_pipeline, prior)) if isinstance(callback, partial) else callback
+        for callback in callbacks
+    ]
+    loggers = [_build(logger) for logger in cfg.logger.values() if logger is not None]
+    validation: dict[str, Any] = {"limit_val_batches": 0}
+    if cfg.validate_every is not None:  # Lightning counts micro-batches
+        validation = {"val_check_interval": cfg.validate_every * cfg.trainer.accumulate_grad_batches}
+    return _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], **validation)
+
+
+def _pipeline(prior: Prior) -> Any:
+    """Generation with the modules that are being trained."""
+    from diffusers import DDIMScheduler
+
+    from moa_train.inference.pipeline import MoAPipeline
+
+    scheduler = DDIMScheduler.from_config({**prior.scheduler.config, "clip_sample": False, "steps_offset": 1})
+    return MoAPipeline(
+        vae=prior.vae,
+        text_encoder=prior.text_encoder,
+        tokenizer=prior.tokenizer,
+        unet=prior.unet,
+        scheduler=scheduler,
+        image_encoder=prior.image_encoder,
+    )
+
+
+def _prior_dtype(cfg: DictConfig) -> Any:
+    import torch
+
+    name = cfg.prior_dtype
+    if name == "auto":
+        bf16 = cfg.trainer.accelerator != "cpu" and cfg.trainer.precision == "bf16-mixed"
+        name = "bfloat16" if bf16 else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"prior_dtype={name}: expected auto, float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def _build(cfg: DictConfig) -> Any:
+    """What a node of the configuration describes, with plain lists and dicts."""
+    from hydra.utils import instantiate
+
+    return instantiate(cfg, _convert_="all")
+
+
+def main() -> None:
+    """The command."""
+    sys.argv[1:] = prior_paths_as_source(sys.argv[1:], config_dir())
+    _main()
+
+
+_main = command("train", help=HELP, run="moa_train.cli.train:run")

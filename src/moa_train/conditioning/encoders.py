@@ -1,0 +1,133 @@
+"""The frozen text encoder and the image encoder (E_image), whose features make up the multimodal prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from moa_train.prompts import Tokenizer
+
+TOY = "toy"
+"""Name of the image encoder that ships with the package."""
+
+
+class TextEncoder(nn.Module):
+    """Stable Diffusion's text encoder with its tokenizer; frozen and always in evaluation mode."""
+
+    def __init__(self, tokenizer: Tokenizer, transformer: CLIPTextModel) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.transformer = transformer.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+        """C_prior: the last hidden states, after the final norm."""
+        return self.transformer(token_ids)[0]
+
+
+class ImageEncoder(nn.Module):
+    """The vision tower of an open_clip model; its embedding of a subject's picture is the image feature f.
+
+    Frozen but for its last `trainable_layers` transformer blocks (FastComposer trains 2); always in evaluation mode.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: nn.Module, trainable_layers: int = 0) -> None:
+        super().__init__()
+        self.visual = visual.requires_grad_(False).eval()
+        tower: Any = visual
+        self.dim: int = tower.output_dim
+        height, width = tower.image_size if isinstance(tower.image_size, tuple) else (tower.image_size,) * 2
+        if height != width:
+            raise ValueError(f"the image encoder takes {height} x {width} pixels: a square input is needed")
+        self.image_size: int = height
+        self.register_buffer("mean", torch.tensor(tower.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tower.image_std).view(3, 1, 1), persistent=False)
+        self.trainable_layers = trainable_layers
+        if trainable_layers:
+            self._unfreeze(trainable_layers)
+
+    def _unfreeze(self, count: int) -> None:
+        transformer = getattr(self.visual, "transformer", None)
+        blocks = getattr(transformer, "resblocks", [])
+        if not 0 <= count <= len(blocks):
+            raise ValueError(f"trainable_layers is {count}, this image encoder has {len(blocks)} transformer blocks")
+        for block in blocks[len(blocks) - count :]:
+            block.requires_grad_(True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; diffusers asks every part of a pipeline."""
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights; diffusers asks every part of a pipeline."""
+        return next(self.visual.parameters()).dtype
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(
+        self, subject_pixels: Float[Tensor, "b s 3 r r"], present: Bool[Tensor, "b s"]
+    ) -> Float[Tensor, "b s f"]:
+        """f of each subject picture with values in [0, 1]; zeros in padded slots."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable_layers > 0):
+            pixels = rearrange((subject_pixels - self.mean) / self.std, "b s c h w -> (b s) c h w")
+            features = rearrange(self.visual(pixels), "(b s) f -> b s f", b=len(present))
+            return torch.where(present[..., None], features, 0)
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The unfrozen weights by name; empty where `trainable_layers` is 0."""
+        return {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
+
+    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the unfrozen weights from `state`.
+
+        Raises:
+            ValueError: names other than those of the unfrozen weights.
+        """
+        own = self.trained_state_dict()
+        if own.keys() != state.keys():
+            raise ValueError(
+                f"the weights hold {len(state)} image encoder tensors, {len(own)} are trainable here: "
+                f"set image_encoder.trainable_layers (now {self.trainable_layers}) as in training"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def build_image_encoder(name: str, pretrained: str | None = None, trainable_layers: int = 0) -> ImageEncoder:
+    """Load an open_clip vision tower.
+
+    Args:
+        name: "toy" (bundled), a folder with open_clip_config.json and open_clip_model.safetensors, "hf-hub:owner/name",
+            or an open_clip architecture such as "ViT-L-14". pretrained: tag or file of its weights; None: random ones.
+
+    Raises:
+        ValueError: an unknown name, or weights that cannot be loaded.
+    """
+    folder = Path(str(files("moa_train") / "assets" / "toy_prior" / "image_encoder")) if name == TOY else Path(name)
+    try:
+        model = open_clip.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=pretrained)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"image encoder {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
+    return ImageEncoder(model.visual, trainable_layers)

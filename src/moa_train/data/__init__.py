@@ -1,0 +1,1 @@
+"""From stored pictures with subjects to padded batches: shards, their index, the stream, the stages."""

@@ -1,0 +1,235 @@
+"""One stored sample: its key names, its encoding into shard members and back, and what can be wrong with it.
+
+The only place that knows how members of a shard are named:
+
+    KEY.jpg | .png | .webp    the picture, RGB
+    KEY.seg.png               label map of the same size, 8 or 16 bit, 0 = background
+    KEY.json                  caption, width, height, segments [{id, noun, start, end, bbox, area}], source
+    KEY.latent.npy            optional: posterior mean and standard deviation, float16, 2 x c x h x w
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float16, Integer, UInt8
+from PIL import Image
+
+SCHEMA_VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "png", "webp")
+LABELS_SUFFIX = "seg.png"
+JSON_SUFFIX = "json"
+LATENT_SUFFIX = "latent.npy"
+KINDS = ("image", "seg", "json", "latent")
+"""The roles of a sample's members, in the order of a shard."""
+
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True},
+}
+_MARKER = re.compile(r"<\d+>")
+
+
+class BadSample(ValueError):
+    """A stored sample that cannot be used; the message names shard and key."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One subject: its value in the label map, and its noun at `caption[start:end]`.
+
+    bbox: (x1, y1, x2, y2) in pixels with exclusive ends. area: pixels of this value in the label map.
+    """
+
+    id: int
+    noun: str
+    start: int
+    end: int
+    bbox: tuple[int, int, int, int]
+    area: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture with its subjects. `source`: where it comes from, anything that JSON holds."""
+
+    key: str
+    image: UInt8[np.ndarray, "h w 3"]
+    labels: Integer[np.ndarray, "h w"]
+    caption: str
+    segments: tuple[Segment, ...]
+    source: dict[str, Any] = field(default_factory=dict)
+    latents: Float16[np.ndarray, "2 c h_latent w_latent"] | None = None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member, as WebDataset splits them: `a/0001.seg.png` -> (`a/0001`, `seg.png`)."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", suffix
+
+
+def kind_of(suffix: str) -> str | None:
+    """The role of a member; None for a suffix that is not part of the schema."""
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    return {LABELS_SUFFIX: "seg", JSON_SUFFIX: "json", LATENT_SUFFIX: "latent"}.get(suffix)
+
+
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The tightest box (x1, y1, x2, y2), ends exclusive, around a non-empty mask."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def encode_sample(sample: Sample, image_format: str = "png") -> dict[str, bytes]:
+    """The members of a sample by suffix, in the order of a shard.
+
+    Raises:
+        ValueError: an unknown image format.
+    """
+    if image_format not in _SAVE_OPTIONS:
+        raise ValueError(f"image_format is {image_format!r}; expected one of {', '.join(IMAGE_SUFFIXES)}")
+    height, width = sample.labels.shape
+    told = {
+        "caption": sample.caption,
+        "width": width,
+        "height": height,
+        "segments": [asdict(segment) for segment in sample.segments],
+        "source": sample.source,
+    }
+    wide = sample.labels.max(initial=0) > 255
+    labels = Image.fromarray(sample.labels.astype(np.uint16 if wide else np.uint8))
+    members = {
+        image_format: _saved(Image.fromarray(sample.image), _SAVE_OPTIONS[image_format]),
+        LABELS_SUFFIX: _saved(labels, _SAVE_OPTIONS["png"]),
+        JSON_SUFFIX: json.dumps(told, ensure_ascii=False).encode(),
+    }
+    if sample.latents is not None:
+        file = io.BytesIO()
+        np.save(file, sample.latents)
+        members[LATENT_SUFFIX] = file.getvalue()
+    return members
+
+
+def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
+    """A sample from its members by suffix; other members are ignored.
+
+    Raises:
+        BadSample: a member is missing or unreadable, or sizes disagree.
+    """
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if suffix is None:
+        raise BadSample(f"the picture {key}.{'|'.join(IMAGE_SUFFIXES)} is missing")
+    for name in (LABELS_SUFFIX, JSON_SUFFIX):
+        if name not in members:
+            raise BadSample(f"member {key}.{name} is missing")
+    image = _read(key, suffix, members[suffix], _read_image)
+    labels = _read(key, LABELS_SUFFIX, members[LABELS_SUFFIX], _read_labels)
+    told, segments = _read(key, JSON_SUFFIX, members[JSON_SUFFIX], _read_json)
+    latents = None
+    if LATENT_SUFFIX in members:
+        latents = _read(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_latents)
+    size = (told["height"], told["width"])
+    if not image.shape[:2] == labels.shape == size:
+        raise BadSample(
+            f"sizes disagree: picture {_size(image.shape)}, label map {_size(labels.shape)}, JSON {_size(size)}"
+        )
+    return Sample(key, image, labels, told["caption"], segments, told["source"], latents)
+
+
+def check_sample(sample: Sample, max_subjects: int | None = None) -> list[str]:
+    """What is wrong with a sample that could be decoded: one line a problem, none where it is sound."""
+    problems = []
+    if _MARKER.search(sample.caption):
+        problems.append(f"caption {sample.caption!r} holds a subject marker; markers are set while training")
+    if max_subjects is not None and len(sample.segments) > max_subjects:
+        problems.append(f"{len(sample.segments)} subjects, at most {max_subjects} are allowed")
+    ids = [segment.id for segment in sample.segments]
+    problems += [f"segment id {i} is given {ids.count(i)} times" for i in sorted(set(ids)) if ids.count(i) > 1]
+    for segment in sample.segments:
+        problems += [f"segment {segment.id}: {problem}" for problem in _check_segment(segment, sample)]
+    return problems
+
+
+def _check_segment(segment: Segment, sample: Sample) -> list[str]:
+    problems = []
+    if not 0 <= segment.start < segment.end <= len(sample.caption):
+        problems.append(f"offsets {segment.start}..{segment.end} lie outside the caption {sample.caption!r}")
+    elif sample.caption[segment.start : segment.end] != segment.noun:
+        found = sample.caption[segment.start : segment.end]
+        problems.append(f"the noun {segment.noun!r} is not at its offsets, where the caption says {found!r}")
+    if segment.id <= 0:
+        return [*problems, "an id must be positive: 0 is the background"]
+    mask = sample.labels == segment.id
+    area = int(mask.sum())
+    if area == 0:
+        return [*problems, "its mask is empty: the id does not occur in the label map"]
+    if segment.area != area:
+        problems.append(f"area is given as {segment.area}, the mask has {area} pixels")
+    if tuple(segment.bbox) != bounding_box(mask):
+        problems.append(f"bbox is given as {list(segment.bbox)}, the mask's is {list(bounding_box(mask))}")
+    return problems
+
+
+def _saved(picture: Image.Image, options: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, **options)
+    return file.getvalue()
+
+
+def _read(key: str, suffix: str, content: bytes, reader: Any) -> Any:
+    """Call a reader; whatever a library raises at damaged content becomes a BadSample."""
+    try:
+        return reader(content)
+    except (ValueError, TypeError, KeyError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadSample(f"cannot read {key}.{suffix}: {type(error).__name__}: {error}") from error
+
+
+def _read_image(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def _read_labels(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.mode not in {"L", "P", "I;16", "I"}:
+            raise ValueError(f"a label map has one channel of 8 or 16 bits, this one is {picture.mode}")
+        labels = np.asarray(picture)
+    return labels if labels.dtype == np.uint8 else labels.astype(np.int32)
+
+
+def _read_latents(content: bytes) -> np.ndarray:
+    latents = np.load(io.BytesIO(content), allow_pickle=False)
+    if latents.dtype != np.float16 or latents.ndim != 4 or latents.shape[0] != 2:
+        raise ValueError(f"expected float16 of shape 2 x c x h x w, got {latents.dtype} {latents.shape}")
+    return latents
+
+
+def _read_json(content: bytes) -> tuple[dict[str, Any], tuple[Segment, ...]]:
+    told = json.loads(content)
+    segments = tuple(
+        Segment(int(s["id"]), str(s["noun"]), int(s["start"]), int(s["end"]), _box(s["bbox"]), int(s["area"]))
+        for s in told["segments"]
+    )
+    height, width = int(told["height"]), int(told["width"])
+    source = told.get("source") or {}
+    if not isinstance(source, dict):
+        source = {"name": source}
+    return {"caption": str(told["caption"]), "height": height, "width": width, "source": source}, segments
+
+
+def _box(values: list[Any]) -> tuple[int, int, int, int]:
+    x1, y1, x2, y2 = (int(value) for value in values)
+    return x1, y1, x2, y2
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"

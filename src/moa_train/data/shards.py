@@ -1,0 +1,222 @@
+"""Shards: WebDataset tars that plain tools read, written atomically, with an index that makes any sample one seek away.
+
+The folder of a split holds `train-000000.tar` ..., `train-members.npy` (where each member of each sample lies) and
+`index.json` (schema version, split, per shard its name, count, bytes and sha256, totals, packing command and config).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moa_train.data.members import BLOCK, MEMBER_DTYPE, check_header, scan_shard
+from moa_train.data.schema import KINDS, SCHEMA_VERSION, BadSample, Sample, decode_sample, kind_of
+from moa_train.data.storage import Storage, replacing, sha256_of
+
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: name, samples, bytes, SHA-256."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+class ShardIndex:
+    """The shards of one split and where every sample lies in them. `len(index)` counts samples."""
+
+    def __init__(
+        self, storage: Storage, split: str, shards: tuple[Shard, ...], members: np.ndarray, packing: dict[str, Any]
+    ) -> None:
+        self.storage = storage
+        self.split = split
+        self.shards = shards
+        self.members = members
+        self.packing = packing
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples in each shard."""
+        return np.array([shard.count for shard in self.shards], dtype=np.int64)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the data: equal if and only if every shard has the same content in the same place."""
+        told = [SCHEMA_VERSION, [[shard.name, shard.count, shard.sha256] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, location: str | Path, cache: str | Path | None = None) -> ShardIndex:
+        """Read the index of one split: a local folder or a URL.
+
+        Raises:
+            ValueError: there is no index, or it is damaged or of another version.
+        """
+        storage = Storage(location, cache)
+        told = _read_index(storage)
+        if told.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{storage.location}/{INDEX_NAME} has schema version {told.get('schema_version')}, "
+                f"expected {SCHEMA_VERSION}: pack the data with this version of moa-data"
+            )
+        path = storage.path(told["members"]["file"], told["members"]["sha256"])
+        if not path.is_file() or sha256_of(path) != told["members"]["sha256"]:
+            raise ValueError(f"{path} is missing or not the one that {INDEX_NAME} describes: pack the data again")
+        members = np.load(path, mmap_mode="r", allow_pickle=False)
+        shards = tuple(Shard(**shard) for shard in told["shards"])
+        if members.dtype != MEMBER_DTYPE or len(members) != told["samples"]:
+            raise ValueError(f"{path} holds {len(members)} samples, {INDEX_NAME} says {told['samples']}")
+        return cls(storage, told["split"], shards, members, told["packing"])
+
+    def save(self) -> None:
+        """Write `SPLIT-members.npy`, then `index.json`, beside the shards of a local folder; each atomically."""
+        folder = Path(self.storage.location)
+        path = folder / f"{self.split}-members.npy"
+        with replacing(path) as file:
+            np.save(file, self.members)
+        told = {
+            "schema_version": SCHEMA_VERSION,
+            "split": self.split,
+            "samples": len(self),
+            "bytes": sum(shard.bytes for shard in self.shards),
+            "members": {"file": path.name, "sha256": sha256_of(path)},
+            "shards": [asdict(shard) for shard in self.shards],
+            "packing": self.packing,
+        }
+        with replacing(folder / INDEX_NAME) as file:
+            file.write(json.dumps(told, indent=1).encode())
+
+
+def index_shards(
+    folder: str | Path, split: str, shards: tuple[Shard, ...], packing: dict[str, Any] | None = None
+) -> ShardIndex:
+    """Make and save the index of shards that lie in a local folder.
+
+    Raises:
+        ValueError: a shard is damaged or a sample is incomplete; the message names shard, key and problem.
+    """
+    rows = []
+    for number, shard in enumerate(shards):
+        samples, problems = scan_shard(Path(folder) / shard.name)
+        if problems:
+            raise ValueError(f"{shard.name} {problems[0]}")
+        rows += [sample.row(number) for sample in samples]
+    index = ShardIndex(Storage(folder), split, shards, np.array(rows, dtype=MEMBER_DTYPE), packing or {})
+    index.save()
+    return index
+
+
+class ShardReader:
+    """Samples by number: one `pread` a sample, no file position shared between workers.
+
+    Args:
+        index: what to read.
+        open_shards: files held open at once; the longest unused is closed.
+    """
+
+    def __init__(self, index: ShardIndex, open_shards: int = 16) -> None:
+        self.index = index
+        self.open_shards = open_shards
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number` of the split.
+
+        Raises:
+            BadSample: it cannot be read; the message names shard and key.
+        """
+        key, members = self.read(number)
+        try:
+            return decode_sample(key, members)
+        except BadSample as error:
+            raise BadSample(f"shard {self._shard(number).name}, key {key}: {error}") from error
+
+    def read(self, number: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members (by suffix) of sample `number`, as stored.
+
+        Raises:
+            BadSample: the shard ends early, or other members lie where the index says.
+        """
+        row = self.index.members[number]
+        places = {kind: (int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in KINDS}
+        places = {kind: place for kind, place in places.items() if place[1]}
+        first = min(offset for offset, _ in places.values()) - BLOCK
+        last = max(offset + size for offset, size in places.values())
+        content = os.pread(self._file(int(row["shard"])), last - first, first)
+        shard = self._shard(number).name
+        if len(content) < last - first:
+            raise BadSample(f"shard {shard}, sample {number}: the file ends before byte {last}: it is truncated")
+        keys, members = set(), {}
+        for kind, (offset, size) in places.items():
+            start = offset - first
+            try:
+                key, suffix = check_header(content[start - BLOCK : start], size)
+            except BadSample as error:
+                raise BadSample(f"shard {shard}, sample {number}: {error}") from error
+            if kind_of(suffix) != kind:
+                raise BadSample(f"shard {shard}, key {key}: the index expects the {kind} where {key}.{suffix} lies")
+            keys.add(key)
+            members[suffix] = content[start : start + size]
+        if len(keys) > 1:
+            raise BadSample(f"shard {shard}, key {min(keys)}: mixed with the members of {', '.join(sorted(keys)[1:])}")
+        return keys.pop(), members
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _shard(self, number: int) -> Shard:
+        return self.index.shards[int(self.index.members[number]["shard"])]
+
+    def _file(self, shard: int) -> int:
+        """An open file descriptor of a shard."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= self.open_shards:
+            os.close(self._files.popitem(last=False)[1])
+        told = self.index.shards[shard]
+        path = self.index.storage.path(told.name, told.sha256)
+        try:
+            self._files[shard] = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"shard {told.name} cannot be opened: {error}; run moa-data validate on it") from error
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read_index(storage: Storage) -> dict[str, Any]:
+    where = f"{storage.location}/{INDEX_NAME}"
+    try:
+        return dict(json.loads(storage.read(INDEX_NAME)))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        splits = [] if storage.remote else sorted(Path(storage.location).glob(f"*/{INDEX_NAME}"))
+        hint = (
+            f"; did you mean {splits[0].parent}?" if splits else ": give the folder of one split, as moa-data wrote it"
+        )
+        raise ValueError(f"there is no {where}{hint}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} is damaged ({error}): pack the data again") from error

@@ -1,0 +1,200 @@
+"""What happens to a stored sample on its way into a batch: crop, flip, choose and cut out subjects, tokenise, collate.
+
+A stage is a frozen dataclass called with a sample and a generator of its own, derived from the sample's key: no stage's
+numbers depend on another stage's options, on workers or on ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moa_train.data.cutout import BACKGROUNDS, cut_out
+from moa_train.data.schema import BadSample, Sample, Segment, bounding_box
+from moa_train.prompts import mark_prompt, parse_prompt, tokenize
+from moa_train.symbols import Batch
+
+CROPS = ("random", "centre")
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The largest square of the picture, resized: the short side becomes `resolution` pixels.
+
+    crop: "random" or "centre": where along the long side the square lies. Labels follow by nearest neighbour.
+    """
+
+    resolution: int
+    crop: str = "centre"
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = sample.labels.shape
+        side = min(height, width)
+        place = rng.random() if self.crop == "random" else 0.5
+        top, left = int((height - side) * place), int((width - side) * place)
+        if (height, width) == (self.resolution, self.resolution):
+            return sample
+        size, box = (self.resolution, self.resolution), (left, top, left + side, top + side)
+        image = Image.fromarray(sample.image).resize(size, Image.Resampling.BICUBIC, box=box)
+        steps = ((np.arange(self.resolution) + 0.5) * side / self.resolution).astype(np.int64)
+        labels = sample.labels[(top + steps)[:, None], left + steps]
+        return replace(sample, image=np.asarray(image), labels=labels)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror picture and labels with a probability."""
+
+    probability: float
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if rng.random() >= self.probability:
+            return sample
+        return replace(sample, image=sample.image[:, ::-1], labels=sample.labels[:, ::-1])
+
+
+@dataclass(frozen=True)
+class ChooseSubjects:
+    """Which subjects the prompt names; boxes and areas are those of the cropped picture.
+
+    With probability `unconditional` none, and no caption. Else subjects outside the crop are dropped, of those that
+    share a noun the largest stays, each is kept with probability `keep`, and a random `maximum` of them where there are
+    more. They are sorted by their nouns' places in the caption.
+    """
+
+    maximum: int
+    unconditional: float = 0.1
+    keep: float = 0.9
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if rng.random() < self.unconditional:
+            return replace(sample, caption="", segments=(), labels=np.zeros_like(sample.labels))
+        kept = rng.random(len(sample.segments)) < self.keep
+        inside = [measured(segment, sample.labels) for segment in sample.segments]
+        largest: dict[int, Segment] = {}
+        for segment in sorted((segment for segment in inside if segment is not None), key=lambda s: s.area):
+            largest[segment.end] = segment
+        ids = {segment.id for segment, keep in zip(sample.segments, kept, strict=True) if keep}
+        segments = [largest[end] for end in sorted(largest) if largest[end].id in ids]
+        if len(segments) > self.maximum:
+            chosen = rng.choice(len(segments), self.maximum, replace=False)
+            segments = [segments[i] for i in sorted(chosen)]
+        return replace(sample, segments=tuple(segments))
+
+
+def measured(segment: Segment, labels: np.ndarray) -> Segment | None:
+    """The segment with its box and area in these labels; None where it does not occur."""
+    mask = labels == segment.id
+    return replace(segment, bbox=bounding_box(mask), area=int(mask.sum())) if mask.any() else None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A stored sample and its key -> one row of a batch.
+
+    Args:
+        tokenizer: a CLIP tokenizer of transformers.
+        resolution: side of the picture in pixels.
+        subject_size: side of a subject's picture in pixels, the image encoder's input.
+        max_subjects: subject slots of a row.
+        crop, flip_probability, unconditional_probability, keep_probability: see the stages.
+        augment_subject, background: see `cut_out`.
+        latents: hand on the stored latents; they fit the unflipped centre crop, so nothing else is allowed.
+
+    Raises:
+        ValueError: a value outside its domain.
+    """
+
+    tokenizer: Any
+    resolution: int
+    subject_size: int
+    max_subjects: int = 4
+    crop: str = "centre"
+    flip_probability: float = 0.5
+    unconditional_probability: float = 0.1
+    keep_probability: float = 0.9
+    augment_subject: bool = False
+    background: str = "noise"
+    latents: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("flip_probability", "unconditional_probability", "keep_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
+        if not 1 <= self.max_subjects <= 9:
+            raise ValueError(f"max_subjects is {self.max_subjects}; expected 1 to 9 (markers have one digit)")
+        for name, options in (("crop", CROPS), ("background", BACKGROUNDS)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}")
+        if self.latents and (self.crop != "centre" or self.flip_probability > 0):
+            raise ValueError("stored latents fit the unflipped centre crop: set crop=centre and flip_probability=0")
+
+    def without_chance(self) -> Pipeline:
+        """The same for validation: centre crop, every subject, nothing flipped, dropped or augmented."""
+        return replace(
+            self,
+            crop="centre",
+            flip_probability=0.0,
+            unconditional_probability=0.0,
+            keep_probability=1.0,
+            augment_subject=False,
+        )
+
+    def __call__(self, stored: Sample, key: int, number: int) -> dict[str, Any]:
+        """One row, the fields of `Batch`. `number`: the sample's index, as the batch reports it."""
+        view = Resize(self.resolution, self.crop)(stored, stage_rng(key, 0))
+        view = Flip(self.flip_probability)(view, stage_rng(key, 1))
+        choose = ChooseSubjects(self.max_subjects, self.unconditional_probability, self.keep_probability)
+        view = choose(view, stage_rng(key, 2))
+        row = self._prompt(view) | self._subjects(stored, view, key)
+        row |= {"pixels": _pixels(view.image), "key": key, "sample": number}
+        if self.latents:
+            if stored.latents is None:
+                raise BadSample(f"{stored.key} has no latents: set latents=false, or pre-encode the shards")
+            row["latents"] = torch.from_numpy(stored.latents.copy())
+        return row
+
+    def _prompt(self, view: Sample) -> dict[str, Any]:
+        caption = mark_prompt(view.caption, [(segment.start, segment.end) for segment in view.segments])
+        tokens = tokenize(self.tokenizer, parse_prompt(caption), self.max_subjects)
+        return {
+            "caption": caption,
+            "token_ids": tokens.ids,
+            "subject_positions": tokens.positions,
+            "subject_present": tokens.present,
+        }
+
+    def _subjects(self, stored: Sample, view: Sample, key: int) -> dict[str, torch.Tensor]:
+        """Masks in the view, and pictures cut out of the stored picture at its full resolution."""
+        masks = torch.zeros(self.max_subjects, self.resolution, self.resolution)
+        pictures = torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size)
+        for slot, segment in enumerate(view.segments):
+            masks[slot] = torch.from_numpy(view.labels == segment.id)
+            rng = stage_rng(key, 3 + slot)
+            mask = stored.labels == segment.id
+            picture = cut_out(stored.image, mask, self.subject_size, rng, self.background, self.augment_subject)
+            pictures[slot] = torch.from_numpy(picture)
+        return {"subject_masks": masks, "subject_pixels": pictures}
+
+
+def stage_rng(key: int, stage: int) -> np.random.Generator:
+    """The generator of one stage of one sample."""
+    return np.random.default_rng([key, stage])
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> Batch:
+    """Stack rows of one pipeline."""
+    told = {name: [row[name] for row in rows] for name in rows[0]}
+    stacked: dict[str, Any] = {name: torch.stack(v) for name, v in told.items() if isinstance(v[0], torch.Tensor)}
+    numbers = {name: torch.tensor(told[name], dtype=torch.int64) for name in ("key", "sample")}
+    return Batch(**stacked, **numbers, caption=tuple(told["caption"]))
+
+
+def _pixels(image: np.ndarray) -> torch.Tensor:
+    """A picture in [-1, 1], channels first."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)

@@ -1,0 +1,129 @@
+"""The toy protocol's pictures: people that training never saw, in eight contexts, by MoA and by the prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, Identity, draw_portrait, draw_scene, identity
+from moa_train.inference.pictures import generate
+from moa_train.inference.pipeline import MoAPipeline
+
+REFERENCE_STREAM, REAL_STREAM = 1, 2
+"""First number of the seeds of what the protocol draws itself: reference photos, and real scenes for the ceiling."""
+
+
+@dataclass(frozen=True)
+class ToyProtocol:
+    """What is generated.
+
+    people: held-out test people, half of each noun (even). contexts: how many of the eight. seeds: of the sampler's
+    noise, the same for everyone. reference: the photo of a subject, a "scene" in another place or a "portrait".
+    margin: pixels around people that do not count as context. steps, guidance, batch_size: of the sampler.
+    """
+
+    people: int = 12
+    contexts: int = 8
+    seeds: tuple[int, ...] = (0, 1)
+    reference: str = "scene"
+    margin: int = 3
+    steps: int = 25
+    guidance: float = 3.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no comparison."""
+        if self.people < 4 or self.people % 2:
+            raise ValueError(
+                f"people is {self.people}; expected 4, 6, 8 ...: each is compared with another of its noun"
+            )
+        if not 1 <= self.contexts <= len(CONTEXTS):
+            raise ValueError(f"contexts is {self.contexts}; expected 1 to {len(CONTEXTS)}")
+        if len(set(self.seeds)) < 2 or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds is {list(self.seeds)}; expected two or more, all different: they give the scale")
+        if self.reference not in ("scene", "portrait"):
+            raise ValueError(f"reference is {self.reference}; expected scene or portrait")
+
+
+@dataclass(frozen=True)
+class Person:
+    """A held-out person with the one photo of it that MoA is given (uint8 h w 3) and its exact mask (bool h w)."""
+
+    identity: Identity
+    photo: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All pictures of a run, arrays of `Picture`: `moa[p, c, g]` by person, context and seed, `prior[noun, c, g]`."""
+
+    people: tuple[Person, ...]
+    contexts: tuple[str, ...]
+    moa: np.ndarray
+    prior: np.ndarray
+
+
+def held_out_people(protocol: ToyProtocol) -> tuple[Person, ...]:
+    """The first test people of each noun, men before women, each with its reference photo."""
+    chosen: list[Person] = []
+    for noun in NOUNS:
+        number = found = 0
+        while found < protocol.people // len(NOUNS):
+            who = identity("test", number)
+            if who.noun == noun:
+                chosen.append(_with_photo(who, protocol.reference, number))
+                found += 1
+            number += 1
+    return tuple(chosen)
+
+
+def _with_photo(who: Identity, reference: str, number: int) -> Person:
+    rng = np.random.default_rng([REFERENCE_STREAM, number])
+    if reference == "portrait":
+        photo, mask = draw_portrait(rng, who)
+        return Person(who, photo, mask > 0)
+    scene = draw_scene(rng, [who])
+    return Person(who, scene.image, scene.labels > 0)
+
+
+def make_gallery(pipe: MoAPipeline, protocol: ToyProtocol) -> Gallery:
+    """Generate every picture of the protocol; the prior's depend on the noun alone, so they are made once a noun."""
+    people, places, seeds = held_out_people(protocol), CONTEXTS[: protocol.contexts], protocol.seeds
+    grid = [(place, seed) for place in places for seed in seeds]
+    moa = _generate(
+        pipe,
+        protocol,
+        [f"a photo of a {who.identity.noun} <1> {place}" for who in people for place, _ in grid],
+        [[(who.photo, who.mask)] for who in people for _ in grid],
+        [seed for _ in people for _, seed in grid],
+    )
+    prior = _generate(
+        pipe,
+        protocol,
+        [f"a photo of a {noun} {place}" for noun in NOUNS for place, _ in grid],
+        [[] for _ in NOUNS for _ in grid],
+        [seed for _ in NOUNS for _, seed in grid],
+    )
+    shape = (len(places), len(seeds))
+    return Gallery(people, tuple(places), moa.reshape(len(people), *shape), prior.reshape(len(NOUNS), *shape))
+
+
+def _generate(
+    pipe: MoAPipeline, protocol: ToyProtocol, prompts: list[str], subjects: list[list[Any]], seeds: list[int]
+) -> np.ndarray:
+    pictures = generate(
+        pipe,
+        prompts,
+        subjects,
+        seeds,
+        protocol.batch_size,
+        num_inference_steps=protocol.steps,
+        guidance_scale=protocol.guidance,
+    )
+    array = np.empty(len(prompts), dtype=object)
+    for index, picture in enumerate(pictures):
+        array[index] = picture
+    return array

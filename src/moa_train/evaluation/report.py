@@ -1,0 +1,138 @@
+"""What a person reads after an evaluation: metrics.json, report.md (a table), samples.png, routing.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from moa_train.checkpoint import atomic_write
+from moa_train.data.sources.toyworld import NOUNS
+from moa_train.evaluation.gallery import Gallery
+from moa_train.inference.pictures import FONT, ROUTING_COLUMNS, contact_sheet, routing_row, save_png
+
+_TABLE = (
+    ("Is it the person of the photo?", "cosine of identity vectors, higher is better", (
+        ("MoA, the person whose photo was given", "identity.moa"),
+        ("MoA, somebody else of the same noun", "identity.wrong_subject"),
+        ("the prior (sees no photo)", "identity.prior"),
+        ("real scenes of the person (ceiling)", "identity.real"),
+    )),
+    ("Did the context stay?", "mean squared difference outside people, lower is better", (
+        ("MoA against the prior, same seed", "context_difference.moa"),
+        ("the prior against itself, other seed (scale)", "context_difference.other_seed"),
+    )),
+    ("Is it the place of the prompt?", "share of pictures that a classifier gets right", (
+        ("MoA", "context_accuracy.moa"),
+        ("the prior", "context_accuracy.prior"),
+        ("real scenes (ceiling)", "context_accuracy.real"),
+    )),
+    ("Did the router find the person?", "IoU of its map and the person's pixels, higher is better", (
+        ("MoA", "routing_iou"),
+    )),
+    ("Do seeds still differ?", "mean squared difference between seeds", (
+        ("MoA", "diversity.moa"),
+        ("the prior", "diversity.prior"),
+    )),
+    ("Is there a person at all?", "share of pictures", (
+        ("MoA", "person_found.moa"),
+        ("the prior", "person_found.prior"),
+    )),
+)  # fmt: skip
+
+
+def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
+    """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval."""
+    return [
+        (question, measure, whose, _value(numbers, name), *numbers["intervals"][name])
+        for question, measure, lines in _TABLE
+        for whose, name in lines
+    ]
+
+
+def markdown(numbers: Mapping[str, Any]) -> str:
+    """The whole report as Markdown; it shows samples.png and routing.png beside it."""
+    lines = ["# MoA on the toy world", ""]
+    protocol, n = numbers["protocol"], numbers["n"]
+    lines += [
+        f"{n['people']} people that training never saw, {protocol['contexts']} contexts, "
+        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with MoA ({protocol['steps']} steps, guidance "
+        f"{protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
+        f"{numbers['seconds']:g} s.",
+        "",
+        "| | | mean | 95 % interval |",
+        "|---|---|---|---|",
+    ]
+    asked = None
+    for question, measure, whose, mean, low, high in table(numbers):
+        if question != asked:
+            lines.append(f"| **{question}** | {measure} | | |")
+        asked = question
+        lines.append(f"| | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
+    lines += [
+        "",
+        "Intervals: bootstrap over people. Generated people are found and recognised by networks that were trained on",
+        "real scenes and never see the router.",
+        "",
+        "## Pictures",
+        "Each column is one context and seed. The prior's own pictures, then one row a person: the photo, then MoA.",
+        "",
+        "![samples](samples.png)",
+        "",
+        "## Routing",
+        "The personalized expert's share of each pixel, each map stretched to its own range.",
+        "",
+        "![routing](routing.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def samples_figure(gallery: Gallery, rows_per_noun: int = 3, contexts: int = 6, side: int = 128) -> Image.Image:
+    """Columns are contexts at one seed; for each noun the prior's row, then rows of people, each behind its photo."""
+    places = gallery.contexts[:contexts]
+    rows: list[list[Image.Image]] = []
+    for index, noun in enumerate(NOUNS):
+        alone = [gallery.prior[index, c, 0].image for c in range(len(places))]
+        rows.append([_tile(f"prior:\n'a {noun}'", side), *alone])
+        own = [p for p, person in enumerate(gallery.people) if person.identity.noun == noun][:rows_per_noun]
+        rows += [
+            [Image.fromarray(gallery.people[p].photo), *(gallery.moa[p, c, 0].image for c in range(len(places)))]
+            for p in own
+        ]
+    return contact_sheet(rows, ("photo given", *places), side)
+
+
+def routing_figure(gallery: Gallery, rows: int = 5, side: int = 128) -> Image.Image:
+    """Different people in different contexts: the picture, its personalized part, and R_1 over time."""
+    people, contexts, _ = gallery.moa.shape
+    shown = [gallery.moa[i * people // rows % people, i % contexts, 0] for i in range(rows)]
+    return contact_sheet([routing_row(picture) for picture in shown], ROUTING_COLUMNS, side)
+
+
+def write_report(out: Path, gallery: Gallery, numbers: Mapping[str, Any]) -> None:
+    """Write samples.png, routing.png, report.md and, last, metrics.json into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"protocol": numbers["protocol"]}
+    save_png(out / "samples.png", samples_figure(gallery), facts)
+    save_png(out / "routing.png", routing_figure(gallery), facts)
+    text, data = markdown(numbers), json.dumps(numbers, indent=2) + "\n"
+    atomic_write(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(out / "metrics.json", lambda path: path.write_text(data, encoding="utf-8"))
+
+
+def _value(numbers: Mapping[str, Any], name: str) -> float:
+    value: Any = numbers
+    for key in name.split("."):
+        value = value[key]
+    return float(value)
+
+
+def _tile(text: str, side: int) -> Image.Image:
+    tile = Image.new("RGB", (side, side), "white")
+    middle = (side // 2, side // 2)
+    ImageDraw.Draw(tile).multiline_text(middle, text, fill="black", font=FONT, anchor="mm", align="center")
+    return tile

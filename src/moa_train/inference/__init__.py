@@ -1,0 +1,1 @@
+"""Pictures from personalized weights: a diffusers pipeline that takes subjects."""

@@ -1,0 +1,64 @@
+"""Puts a file of personalized weights onto a prior: MoA as its metadata describes it, tuned image encoder layers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moa_train.checkpoint import load_personalized
+from moa_train.conditioning.encoders import build_image_encoder
+from moa_train.model.unet import MoAConfig, add_moa, load_personalized_state_dict
+from moa_train.prior.load import Prior, load_prior
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_ENCODER = "image_encoder."
+
+
+def weights_path(weights: str | Path) -> Path:
+    """The file of personalized weights; "toy" is the one that ships with this package."""
+    toy = Path(__file__).parents[1] / "assets" / "toy_moa" / "personalized.safetensors"
+    return toy if weights == "toy" else Path(weights)
+
+
+def load_personalized_prior(
+    prior: str | Path, weights: str | Path | None, **options: Any
+) -> tuple[Prior, dict[str, Any]]:
+    """A prior with MoA on it, and the configuration that the weights were trained with (empty without weights).
+
+    Args:
+        prior: "toy", a folder in the Stable Diffusion format, or a hub id.
+        weights: see `weights_path`; None for the prior alone.
+        options: passed to `load_prior`; the image encoder is the one of the training unless given here.
+
+    Raises:
+        ValueError: weights of another architecture, a damaged file, an unknown prior.
+    """
+    if weights is None:
+        return load_prior(str(prior), **options), {}
+    state, metadata = load_personalized(weights_path(weights))
+    config = metadata.get("config", {})
+    if "image_encoder" in config and "image_encoder" not in options:
+        chosen = config["image_encoder"]
+        encoder = build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])
+        options = {**options, "image_encoder": encoder}
+    parts = load_prior(str(prior), **options)
+    _put_on(parts, state, metadata)
+    return parts, config
+
+
+def _put_on(parts: Prior, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    add_moa(parts.unet, MoAConfig(**metadata["moa"]))
+    tuned = {name for name in state if name.startswith(_IMAGE_ENCODER)}
+    load_personalized_state_dict(parts.unet, {name: state[name] for name in state.keys() - tuned})
+    parts.image_encoder.load_trained_state_dict({name.removeprefix(_IMAGE_ENCODER): state[name] for name in tuned})
+    trained_on, used = metadata["prior"], parts.identity
+    if any(trained_on.get(key) != used.get(key) for key in {*trained_on, *used} - {"name"}):
+        logger.warning(
+            "the weights were trained on the prior %s and are used on %s: expect another style and maybe less likeness",
+            trained_on.get("name"),
+            used.get("name"),
+        )

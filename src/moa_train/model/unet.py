@@ -1,0 +1,222 @@
+"""Puts MoA into a pretrained diffusers U-Net and takes it out again: experts, routers, multimodal tokens, freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from moa_train.conditioning.multimodal import MultimodalTokens
+from moa_train.model.attention import MoACall, MoAProcessor, PriorProcessor
+from moa_train.model.router import Router, RouterKind
+from moa_train.symbols import Conditioning
+
+_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_UNSUPPORTED = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
+
+
+@dataclass(frozen=True)
+class MoAConfig:
+    """Everything that shapes the trained weights; kept in the metadata of an export.
+
+    image_dim: width of an image feature. router_kind, initial_prior: see `Router`. sinusoids, use_timestep, use_layer:
+    see `MultimodalTokens`. self_attention: False leaves self-attention to the prior alone.
+    """
+
+    image_dim: int
+    router_kind: RouterKind = "mlp"
+    initial_prior: float = 0.5
+    self_attention: bool = True
+    sinusoids: int = 256
+    use_timestep: bool = True
+    use_layer: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them; `MoAConfig(**values)` is the inverse."""
+        return asdict(self)
+
+
+class InstalledMoA(nn.Module):
+    """`unet.moa`: the multimodal tokens, the config, and what `remove_moa` needs to restore the U-Net."""
+
+    def __init__(self, config: MoAConfig, tokens: MultimodalTokens, cross_layers: list[str]) -> None:
+        super().__init__()
+        self.config, self.tokens, self.cross_layers = config, tokens, cross_layers
+        self.replaced: dict[str, Any] = {}
+        self.were_trainable: list[str] = []
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+def attention_layers(unet: UNet2DConditionModel) -> list[str]:
+    """Names of the attention layers in order of execution: down, middle, up."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return sorted(names, key=lambda name: _ORDER[name.split(".")[0]])
+
+
+def add_moa(unet: UNet2DConditionModel, config: MoAConfig | int) -> UNet2DConditionModel:
+    """Give every attention layer a personalized expert and a router, and freeze everything that was there before.
+
+    Args:
+        unet: a U-Net of Stable Diffusion 1.x or 2.x, changed in place.
+        config: a config, or just the width of an image feature.
+
+    Raises:
+        ValueError: MoA is there already, or an attention layer is not a plain one.
+    """
+    config = MoAConfig(image_dim=config) if isinstance(config, int) else config
+    if hasattr(unet, "moa"):
+        raise ValueError("this U-Net has MoA already: call remove_moa first")
+    layers = attention_layers(unet)
+    for layer in layers:
+        _check_attention(layer, unet.get_submodule(layer))
+    cross = [layer for layer in layers if unet.get_submodule(layer).is_cross_attention]
+    text_dim = unet.get_submodule(cross[0]).cross_attention_dim
+    tokens = MultimodalTokens(
+        len(cross), text_dim, config.image_dim, config.sinusoids, config.use_timestep, config.use_layer
+    )
+    moa = InstalledMoA(config, tokens.to(unet.device, unet.dtype), cross)
+    moa.were_trainable = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    unet.requires_grad_(False)
+    for layer in layers:
+        attn = unet.get_submodule(layer)
+        moa.replaced[layer] = attn.processor
+        attn.set_processor(_processor(attn, layer, config))
+    unet.moa = moa
+    moa.hook = unet.register_forward_pre_hook(_begin_call, with_kwargs=True)
+    return unet
+
+
+def remove_moa(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Make the U-Net what it was before `add_moa`, in place."""
+    moa = _installed(unet)
+    for layer, processor in moa.replaced.items():
+        unet.get_submodule(layer).set_processor(processor)
+    assert moa.hook is not None
+    moa.hook.remove()
+    del unet.moa
+    for name in moa.were_trainable:
+        unet.get_parameter(name).requires_grad_(True)
+    return unet
+
+
+def trainable_parameters(unet: UNet2DConditionModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The named parameters that MoA trains, in groups: "experts", "router", "fusion"."""
+    _installed(unet)
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"experts": [], "router": [], "fusion": []}
+    for name, parameter in unet.named_parameters():
+        if ".processor.router." in name:
+            groups["router"].append((name, parameter))
+        elif ".processor." in name:
+            groups["experts"].append((name, parameter))
+        elif name.startswith("moa."):
+            groups["fusion"].append((name, parameter))
+    return groups
+
+
+def personalized_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """All that MoA added and trains, by its name in the U-Net; never a prior weight."""
+    groups = trainable_parameters(unet)
+    return {name: parameter.detach() for group in groups.values() for name, parameter in group}
+
+
+def load_personalized_state_dict(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
+    """Fill experts, routers and fusion from `state`, cast to their dtype.
+
+    Raises:
+        ValueError: names or shapes that are not exactly those of this U-Net.
+    """
+    own = personalized_state_dict(unet)
+    for problem, names in (("lack", own.keys() - state.keys()), ("have unknown", state.keys() - own.keys())):
+        if names:
+            raise ValueError(f"the weights {problem} {len(names)} tensors, such as {min(names)}: other architecture")
+    for name, parameter in own.items():
+        if parameter.shape != state[name].shape:
+            expected, given = tuple(parameter.shape), tuple(state[name].shape)
+            raise ValueError(f"{name} has shape {given}, this U-Net expects {expected}: other architecture or config")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def cast_prior(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Store the frozen weights in `dtype` and leave the trained ones as they are."""
+    trained = personalized_state_dict(unet).keys()
+    for name, parameter in unet.named_parameters():
+        if name not in trained:
+            parameter.data = parameter.data.to(dtype)
+    return unet
+
+
+def _installed(unet: UNet2DConditionModel) -> InstalledMoA:
+    if not hasattr(unet, "moa"):
+        raise ValueError("this U-Net has no MoA: call add_moa first")
+    return unet.moa
+
+
+def _check_attention(layer: str, attn: Attention) -> None:
+    """Refuse attention layers whose arithmetic is not that of Stable Diffusion's U-Net."""
+    found = [name for name in _UNSUPPORTED if getattr(attn, name, None)]
+    found += ["residual_connection"] if attn.residual_connection else []
+    found += ["rescale_output_factor"] if attn.rescale_output_factor != 1 else []
+    if found:
+        raise ValueError(
+            f"{layer} has {', '.join(found)}: MoA serves the attention of Stable Diffusion 1.x and 2.x only"
+        )
+    if type(attn.processor) is not AttnProcessor2_0:
+        raise ValueError(
+            f"{layer} has a {type(attn.processor).__name__}: call unet.set_attn_processor(AttnProcessor2_0()) first"
+        )
+    if not all(isinstance(linear, nn.Linear) for linear in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])):
+        raise ValueError(f"{layer} has wrapped weights: load LoRA after add_moa, not before")
+
+
+def _processor(attn: Attention, layer: str, config: MoAConfig) -> MoAProcessor | PriorProcessor:
+    if not attn.is_cross_attention and not config.self_attention:
+        return PriorProcessor()
+    router = Router(attn.query_dim, config.router_kind, config.initial_prior)
+    return MoAProcessor(attn, layer, router.to(attn.to_q.weight))
+
+
+def _begin_call(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: only here are the timestep and the size known, of which the multimodal tokens are made."""
+    call = (kwargs.get("cross_attention_kwargs") or {}).get("moa")
+    if call is None:
+        return
+    sample = kwargs["sample"] if "sample" in kwargs else args[0]
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    conditioning, skip = call.conditioning, call.conditioning.prior_rows
+    _check_call(unet, call, len(sample))
+    timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+    moa = unet.moa
+    by_layer = {}
+    if skip < len(sample):
+        tokens = moa.tokens(timestep[skip:], _personalized_rows(conditioning))
+        by_layer = dict(zip(moa.cross_layers, tokens, strict=True))
+    call.begin((sample.shape[-2], sample.shape[-1]), by_layer)
+
+
+def _personalized_rows(conditioning: Conditioning) -> Conditioning:
+    rows = slice(conditioning.prior_rows, None)
+    return Conditioning(
+        conditioning.prior_tokens[rows],
+        conditioning.image_features[rows],
+        conditioning.subject_positions[rows],
+        conditioning.subject_present[rows],
+    )
+
+
+def _check_call(unet: UNet2DConditionModel, call: MoACall, rows: int) -> None:
+    if len(call.conditioning.prior_tokens) != rows:
+        raise ValueError(f"the conditioning has {len(call.conditioning.prior_tokens)} rows, the latents have {rows}")
+    for layer in unet.moa.replaced:
+        processor = unet.get_submodule(layer).processor
+        if not isinstance(processor, MoAProcessor | PriorProcessor):
+            raise ValueError(
+                f"{layer} lost its MoA expert to {type(processor).__name__}: do not fuse projections, slice attention, "
+                "enable xformers or load an IP-Adapter after add_moa"
+            )

@@ -1,0 +1,1 @@
+"""Training: glue between data, model and Lightning."""

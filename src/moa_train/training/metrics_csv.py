@@ -1,0 +1,104 @@
+"""`metrics.csv`: every logged number of a run in one table that a resume continues."""
+
+from __future__ import annotations
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from moa_train.checkpoint import atomic_write
+
+
+class MetricsCSV(Logger):
+    """One row a step, one column a metric, empty where a metric was not logged at that step.
+
+    A row is written when the next step's begins, so that training and validation share it. A new metric rewrites the
+    file with one more column. On resume, rows of steps after the checkpoint's are cut off.
+
+    Args:
+        directory: the folder of `metrics.csv`.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self.path = Path(directory) / "metrics.csv"
+        self._columns: list[str] | None = None
+        self._step = 0
+        self._row: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's `config.yaml` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds numbers to the row of `step`."""
+        step = self._step if step is None else step
+        if step != self._step:
+            self._write()
+            self._step = step
+        self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Nothing: a row is written when it is whole."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the last row."""
+        self._write()
+
+    def resume_at(self, step: int) -> None:
+        """Cuts off the rows of steps after `step`."""
+        rows = read_rows(self.path)
+        if rows:
+            self._rewrite(list(rows[0]), [row for row in rows if float(row["step"]) <= step])
+
+    def _write(self) -> None:
+        if not self._row:
+            return
+        row = {"step": str(self._step)} | {name: repr(value) for name, value in self._row.items()}
+        self._row = {}
+        if self._columns is None:
+            rows = read_rows(self.path)
+            self._columns = list(rows[0]) if rows else []
+        if set(row) <= set(self._columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(row)
+        else:
+            added = [name for name in row if name not in self._columns]
+            self._rewrite([*self._columns, *added], [*read_rows(self.path), row])
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write(self.path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+        self._columns = columns
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics file; none where there is no file. A row that a kill tore is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))

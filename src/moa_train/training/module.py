@@ -1,0 +1,275 @@
+"""The Lightning module: glue between batch, denoiser, objective and optimizer; no mathematics of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moa_train.diffusion import LATENT, NOISE, NoiseSchedule, keyed_noise, keyed_timesteps
+from moa_train.symbols import Batch, Conditioning, LossTerms, Observations
+from moa_train.training.objective import LossSettings, Masks, compute_losses, watched, with_wrong_subject
+from moa_train.training.optim import NamedParameters, OptimizerSettings
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Noised:
+    """z_t, t and the regression target of a batch, all drawn from the samples' keys."""
+
+    noisy: Float[Tensor, "b c h w"]
+    timesteps: Int[Tensor, " b"]
+    target: Float[Tensor, "b c h w"]
+
+
+class MoAModule(pl.LightningModule):
+    """Trains what is trainable in `denoiser` (and `image_encoder`); everything else is frozen and never saved.
+
+    Args:
+        denoiser: (z_t, t, Conditioning) -> (prediction, Observations); holds the U-Net with its MoA layers.
+        text_encoder: token ids -> C_prior. Frozen.
+        image_encoder: subject pictures -> f. Frozen but for the layers it was built to train.
+        codec: the VAE as pictures <-> latents. Frozen.
+        schedule: the diffusion process that the prior was trained with.
+        trained: the parameters to train, by group of learning rate.
+        loss: weights of the objective.
+        optimizer: how the trained parameters are stepped.
+        max_steps: optimizer steps of the whole run; the router loss's warm-up is a fraction of it.
+        prior: identity of the frozen prior; a checkpoint of another prior is refused.
+        provenance: plain values kept in every checkpoint (configuration, seed), for the export.
+    """
+
+    def __init__(
+        self,
+        *,
+        denoiser: nn.Module,
+        text_encoder: nn.Module,
+        image_encoder: nn.Module,
+        codec: nn.Module,
+        schedule: NoiseSchedule,
+        trained: NamedParameters,
+        loss: LossSettings,
+        optimizer: OptimizerSettings,
+        max_steps: int,
+        prior: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.text_encoder = text_encoder
+        self.image_encoder = image_encoder
+        self.codec = codec
+        self.schedule = schedule
+        self.loss = loss
+        self.optimizer_settings = optimizer
+        self.max_steps = max_steps
+        self.prior = dict(prior)
+        self.provenance = dict(provenance or {})
+        self._groups = {name: tuple(parameters) for name, parameters in trained.items() if parameters}
+        chosen = {id(parameter) for parameters in self._groups.values() for _, parameter in parameters}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        if not chosen:
+            raise ValueError("there is nothing to train: the model gave no trained parameters")
+        self.train()
+
+    # ------------------------------------------------------------------------------------------------------- frozen
+    def train(self, mode: bool = True) -> MoAModule:
+        """Switches what trains; a module whose parameters are all frozen stays in evaluation mode."""
+        _set_mode(self, mode)
+        return self
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by its name in this module's state."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def trained_names(self) -> set[str]:
+        """Names of the saved tensors: trained parameters, and buffers of modules in which every parameter trains."""
+        names = set(self.trained_parameters())
+        for name, _ in self.named_buffers():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            parameters = list(owner.parameters())
+            if parameters and all(parameter.requires_grad for parameter in parameters):
+                names.add(name)
+        return names
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Stores the frozen weights in `dtype`; what trains stays in float32."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained tensors alone; the prior is never saved."""
+        kept = self.trained_names()
+        prefix = kwargs.get("prefix", "")
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name.removeprefix(prefix) in kept}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads exactly the trained tensors.
+
+        Raises:
+            ValueError: the state lacks a trained tensor, or holds one that does not train here.
+        """
+        expected = set(self.state_dict())
+        missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint does not fit this model: it lacks {len(missing)} trained tensors {missing[:2]} and holds "
+                f"{len(unknown)} unknown ones {unknown[:2]}; train with the model= and image_encoder= it was made with"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def setup(self, stage: str) -> None:
+        self.schedule = self.schedule.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------------ forward
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves the batch; keys and sample ids stay on the CPU, where the numbers drawn from them are made."""
+        return replace(batch.to(device), key=batch.key, sample=batch.sample)
+
+    @torch.no_grad()
+    def noised(self, batch: Batch) -> Noised:
+        """z_t and its target for t and epsilon that are functions of the samples' keys."""
+        latents = self._latents(batch).float()
+        noise = _send(keyed_noise(batch.key, latents.shape[1:], NOISE), latents.device)
+        timesteps = _send(keyed_timesteps(batch.key, self.schedule.steps), latents.device)
+        return Noised(
+            self.schedule.add_noise(latents, noise, timesteps),
+            timesteps,
+            self.schedule.target(latents, noise, timesteps),
+        )
+
+    def _latents(self, batch: Batch) -> Float[Tensor, "b c h w"]:
+        shape = self.codec.latent_shape(batch.pixels.shape[-2], batch.pixels.shape[-1])
+        noise = _send(keyed_noise(batch.key, shape, LATENT), batch.pixels.device)
+        return (
+            self.codec.encode(batch.pixels, noise) if batch.latents is None else self.codec.sample(batch.latents, noise)
+        )
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """C_prior and the subjects' features of a batch."""
+        with torch.no_grad():
+            prior_tokens = self.text_encoder(batch.token_ids)
+        features = self.image_encoder(batch.subject_pixels, batch.subject_present)
+        return Conditioning(prior_tokens, features, batch.subject_positions, batch.subject_present)
+
+    def losses(
+        self, batch: Batch, noised: Noised, conditioning: Conditioning, masks: Masks, settings: LossSettings
+    ) -> tuple[LossTerms, Observations]:
+        """One pass of the denoiser and its per-sample losses."""
+        prediction, observations = self.denoiser(noised.noisy, noised.timesteps, conditioning)
+        terms = compute_losses(
+            settings, self.schedule, batch, masks, noised.timesteps, prediction, noised.target, observations
+        )
+        return terms, observations
+
+    # ----------------------------------------------------------------------------------------------------- training
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        noised = self.noised(batch)
+        masks = Masks.of(batch, (noised.noisy.shape[-2], noised.noisy.shape[-1]))
+        terms, observations = self.losses(batch, noised, self.conditioning(batch), masks, self.loss)
+        progress = self.trainer.global_step / self.max_steps
+        total = self.loss.total(terms, progress)
+        shown = {name: mean for name, (mean, _) in watched(observations, batch, masks).items()}
+        subjects = batch.subject_present.any(dim=1)
+        shown["masked"] = terms.masked.detach().sum() / subjects.sum().clamp_min(1)
+        shown |= {
+            "loss": total.detach(),
+            "router": terms.router.detach().mean(),
+            "object": terms.object.detach().mean(),
+        }
+        self.log_dict({f"train/{name}": value for name, value in shown.items()}, batch_size=len(batch.key))
+        self.log("train/router_weight", self.loss.router.weight_at(progress), batch_size=len(batch.key))
+        self.log("step", float(self.trainer.global_step + 1), batch_size=len(batch.key))  # what loggers count by
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch.key))
+        return total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses and the identity gap: masked loss with the next sample's subject minus with the right one."""
+        settings = replace(self.loss, mask_probability=1.0, min_snr_gamma=None)
+        noised, conditioning = self.noised(batch), self.conditioning(batch)
+        masks = Masks.of(batch, (noised.noisy.shape[-2], noised.noisy.shape[-1]))
+        terms, observations = self.losses(batch, noised, conditioning, masks, settings)
+        swapped = with_wrong_subject(conditioning.image_features, batch.subject_present)
+        wrong, _ = self.losses(batch, noised, replace(conditioning, image_features=swapped), masks, settings)
+        has_subject = batch.subject_present.any(dim=1)
+        number = has_subject.sum()
+        shown = watched(observations, batch, masks)
+        shown["router"] = (terms.router.mean(), torch.tensor(has_subject.numel()))
+        for name, value in (
+            ("masked", terms.masked),
+            ("masked_wrong_subject", wrong.masked),
+            ("identity_gap", wrong.masked - terms.masked),
+            ("object", terms.object),
+        ):
+            shown[name] = ((value * has_subject).sum() / number.clamp_min(1), number)
+        for name, (mean, count) in shown.items():  # means over the validation samples that count, on all ranks
+            self.log(f"val/{name}", mean, on_step=False, on_epoch=True, batch_size=int(count), sync_dist=True)
+        self.log("step", float(self.trainer.global_step), on_step=False, on_epoch=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimizer_settings.build(self._groups)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["moa_train"] = {
+            "version": CHECKPOINT_VERSION,
+            "prior": self.prior,
+            "max_steps": self.max_steps,
+            **self.provenance,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another prior; tells Lightning's counters how many micro-batches this set-up makes.
+
+        Raises:
+            ValueError: not a checkpoint of this project, or one that was trained on another prior.
+        """
+        check_prior(checkpoint, self.prior)
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counter in (progress["total"], progress["current"]):
+            saved_mid_hook = counter["completed"] < counter["processed"]
+            counter.update(dict.fromkeys(("ready", "started", "processed"), done))
+            counter["completed"] = done - 1 if saved_mid_hook else done
+
+
+def _send(drawn: Tensor, device: torch.device) -> Tensor:
+    """Moves numbers drawn on the CPU without making it wait for the accelerator."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
+def check_prior(checkpoint: Mapping[str, Any], prior: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `checkpoint` was trained on the prior whose identity is given."""
+    found = checkpoint.get("moa_train")
+    if found is None or found.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(
+            f"not a checkpoint of moa-train that this version reads (expected version {CHECKPOINT_VERSION}, "
+            f"found {None if found is None else found.get('version')})"
+        )
+    different = sorted(key for key in {*found["prior"], *prior} if found["prior"].get(key) != prior.get(key))
+    if [key for key in different if key != "name"]:
+        raise ValueError(
+            f"the checkpoint was trained on the prior {found['prior'].get('name')!r}, this run has {prior.get('name')!r} "
+            f"(they differ in {', '.join(different)}): resume with the same prior=, or start a new run"
+        )
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    """`module.train(mode)`, except that a subtree whose parameters are all frozen is put into evaluation mode."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    module.training = mode
+    for child in module.children():
+        _set_mode(child, mode)

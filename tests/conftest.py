@@ -1,0 +1,13 @@
+"""What holds for every test: shapes and types of annotated functions are checked, nothing goes to the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["MPLBACKEND"] = "agg"
+
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook("moa_train", "beartype.beartype")
+torch.set_num_threads(2)

@@ -1,0 +1,229 @@
+"""Stages: geometry, choice of subjects, rates, and rows that depend on the sample and its key alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moa_train.data.schema import Sample, Segment, bounding_box
+from moa_train.data.stages import ChooseSubjects, Flip, Pipeline, Resize, collate, stage_rng
+from moa_train.symbols import Batch
+
+
+def _rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def _painted(height, width):
+    """A picture whose colour is its label's: labels in blocks of 8 pixels, so that picture and mask can be compared."""
+    blocks = _rng(1).integers(0, 4, (height // 8, width // 8))
+    labels = np.kron(blocks, np.ones((8, 8), dtype=np.int64)).astype(np.uint8)
+    return Sample("k", np.repeat(labels[..., None] * 80, 3, axis=2).astype(np.uint8), labels, "", ())
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (128, 64)])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_the_mask_follows_the_picture(crop, shape, flip):
+    view = Flip(flip)(Resize(64, crop)(_painted(*shape), _rng(3)), _rng())
+    assert view.image.shape == (64, 64, 3)
+    painted = np.rint(view.image[..., 0] / 80.0).astype(int)
+    assert (painted == view.labels).mean() > 0.99
+
+
+def test_reducing_by_two_keeps_mask_and_picture_together():
+    view = Resize(32)(_painted(64, 64), _rng())
+    inside = np.zeros((4, 4), dtype=bool)
+    inside[1:3, 1:3] = True  # away from a block's edge, where the picture is smoothed
+    inside = np.tile(inside, (8, 8))
+    np.testing.assert_array_equal(np.rint(view.image[..., 0] / 80.0)[inside], view.labels[inside])
+
+
+def test_the_centre_crop_is_the_middle_of_the_long_side():
+    sample = _painted(64, 128)
+    np.testing.assert_array_equal(Resize(64, "centre")(sample, _rng()).labels, sample.labels[:, 32:96])
+    np.testing.assert_array_equal(Resize(64, "centre")(sample, _rng()).image, sample.image[:, 32:96])
+
+
+def test_random_crops_reach_both_ends():
+    labels = np.arange(40, dtype=np.int64)[None].repeat(8, axis=0)
+    sample = Sample("k", np.zeros((8, 40, 3), np.uint8), labels, "", ())
+    lefts = {int(Resize(8, "random")(sample, _rng(seed)).labels[0, 0]) for seed in range(400)}
+    assert min(lefts) <= 1
+    assert max(lefts) >= 31
+    assert len(lefts) > 25
+
+
+def test_flip_mirrors_with_its_probability(make_sample):
+    sample = make_sample(0)
+    flipped = [Flip(0.3)(sample, stage_rng(key, 1)) for key in range(2000)]
+    mirrored = [view for view in flipped if (view.labels == sample.labels[:, ::-1]).all()]
+    assert abs(len(mirrored) / 2000 - 0.3) < 0.04  # four standard deviations
+    np.testing.assert_array_equal(mirrored[0].image, sample.image[:, ::-1])
+
+
+def _crowd(count):
+    """`count` subjects in a row, nouns n0 n1 ... in the reverse order of the ids."""
+    labels = np.arange(1, count + 1, dtype=np.uint8).repeat(4)[None].repeat(8, axis=0)
+    caption = " ".join(f"n{i}" for i in range(count))
+    segments = tuple(
+        Segment(i + 1, f"n{count - 1 - i}", 3 * (count - 1 - i), 3 * (count - 1 - i) + 2, bounding_box(labels == i + 1), 32)
+        for i in range(count)
+    )
+    return Sample("k", np.zeros((8, 4 * count, 3), np.uint8), labels, caption, segments)
+
+
+def test_subjects_are_sorted_by_their_nouns():
+    view = ChooseSubjects(9, unconditional=0, keep=1)(_crowd(5), _rng())
+    assert [segment.noun for segment in view.segments] == ["n0", "n1", "n2", "n3", "n4"]
+
+
+def test_where_there_are_too_many_every_subject_is_equally_likely():
+    chosen = [ChooseSubjects(2, 0, 1)(_crowd(5), stage_rng(key, 2)).segments for key in range(1000)]
+    assert {len(segments) for segments in chosen} == {2}
+    assert all(segments[0].end < segments[1].end for segments in chosen)
+    shares = np.bincount([segment.id for segments in chosen for segment in segments], minlength=6)[1:] / 1000
+    np.testing.assert_allclose(shares, 0.4, atol=0.065)  # four standard deviations
+
+
+def test_each_subject_is_kept_with_its_probability():
+    kept = [len(ChooseSubjects(9, 0, 0.7)(_crowd(5), stage_rng(key, 2)).segments) for key in range(1000)]
+    assert abs(np.mean(kept) / 5 - 0.7) < 0.03
+    assert {0, 5} <= set(kept)
+
+
+def test_a_subject_outside_the_crop_is_not_named():
+    sample = _crowd(5)
+    view = replace(sample, labels=np.where(sample.labels == 2, 0, sample.labels))
+    assert [s.id for s in ChooseSubjects(9, 0, 1)(view, _rng()).segments] == [5, 4, 3, 1]
+
+
+def test_boxes_and_areas_are_those_of_the_view():
+    sample = _crowd(2)
+    view = ChooseSubjects(9, 0, 1)(replace(sample, labels=sample.labels[:4, 2:]), _rng())
+    assert [(s.bbox, s.area) for s in view.segments] == [((2, 0, 6, 4), 16), ((0, 0, 2, 4), 8)]
+
+
+def test_of_subjects_that_share_a_noun_the_largest_is_named():
+    sample = _crowd(3)
+    labels = sample.labels.copy()
+    labels[:, 4:6] = 1  # 1 has 48 pixels, 2 has 16
+    one, two, three = sample.segments
+    shared = replace(sample, labels=labels, segments=(replace(one, start=two.start, end=two.end), two, three))
+    assert [s.id for s in ChooseSubjects(9, 0, 1)(shared, _rng()).segments] == [3, 1]
+
+
+def _pipeline(tokenizer, **changes):
+    settings = {"resolution": 16, "subject_size": 12, "max_subjects": 3, "unconditional_probability": 0.0}
+    return Pipeline(tokenizer, **{**settings, "keep_probability": 1.0, **changes})
+
+
+def test_a_row_holds_what_the_sample_shows(tokenizer, make_sample):
+    sample = make_sample(4)
+    row = _pipeline(tokenizer, flip_probability=0.0)(sample, key=77, number=4)
+    np.testing.assert_allclose(row["pixels"], sample.image.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    for slot, label in ((0, 1), (1, 2)):
+        np.testing.assert_array_equal(row["subject_masks"][slot], sample.labels == label)
+    assert row["caption"] == "a man <1> and a woman <2> at sea"
+    words = "a man and a woman at sea".split()
+    assert [words[p - 1] for p in row["subject_positions"][:2].tolist()] == ["man", "woman"]
+    assert row["subject_present"].tolist() == [True, True, False]
+    assert not row["subject_masks"][2].any()
+    assert not row["subject_pixels"][2].any()
+
+
+def test_flipped_rows_keep_each_mask_with_its_subject(tokenizer, make_sample):
+    sample = make_sample(4)
+    row = _pipeline(tokenizer, flip_probability=1.0)(sample, key=77, number=4)
+    np.testing.assert_array_equal(row["subject_masks"][0], (sample.labels == 1)[:, ::-1])
+    np.testing.assert_allclose(row["pixels"], sample.image[:, ::-1].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_subject_pictures_have_the_resolution_of_the_stored_picture(tokenizer):
+    """A fine pattern survives in the cut-out although the training picture is too small for it."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, ::2] = 255
+    labels = np.zeros((64, 64), np.uint8)
+    labels[16:48, 16:48] = 1
+    sample = Sample("k", image, labels, "man", (Segment(1, "man", 0, 3, (16, 16, 48, 48), 1024),))
+    row = _pipeline(tokenizer, subject_size=32, flip_probability=0.0)(sample, 1, 0)
+    assert row["pixels"].std() < 0.2
+    assert row["subject_pixels"][0].std() > 0.49
+
+
+def test_unconditional_rows_have_no_caption_and_no_subject_at_the_given_rate(tokenizer, make_sample):
+    pipeline = _pipeline(tokenizer, unconditional_probability=0.25)
+    rows = [pipeline(make_sample(0), key, 0) for key in range(600)]
+    dropped = [row for row in rows if row["caption"] == ""]
+    assert abs(len(dropped) / 600 - 0.25) < 0.071  # four standard deviations
+    for row in dropped[:5]:
+        assert not row["subject_present"].any()
+        assert not row["subject_masks"].any()
+        assert not row["subject_pixels"].any()
+        assert row["token_ids"].tolist()[:2] == [1, 2]
+
+
+def test_a_row_depends_on_sample_and_key_alone(tokenizer, make_sample):
+    pipeline = _pipeline(tokenizer, unconditional_probability=0.1, augment_subject=True, crop="random")
+    first = pipeline(make_sample(0), 5, 0)
+    pipeline(make_sample(1), 6, 1)
+    again, other = pipeline(make_sample(0), 5, 0), pipeline(make_sample(0), 6, 0)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) if isinstance(value, torch.Tensor) else value == again[name]
+    assert not torch.equal(first["subject_pixels"], other["subject_pixels"])
+
+
+def test_an_option_of_one_stage_does_not_move_the_numbers_of_another(tokenizer, make_sample):
+    for key in range(20):
+        plain = _pipeline(tokenizer)(make_sample(0), key, 0)
+        changed = _pipeline(tokenizer, crop="random", augment_subject=True)(make_sample(0), key, 0)
+        assert torch.equal(plain["pixels"], changed["pixels"])
+
+
+def test_without_chance_keys_change_nothing_but_the_noise(tokenizer, make_sample):
+    pipeline = _pipeline(tokenizer, unconditional_probability=0.5, keep_probability=0.5, background="grey").without_chance()
+    rows = [pipeline(make_sample(0), key, 0) for key in range(20)]
+    for row in rows[1:]:
+        for name in ("pixels", "subject_masks", "subject_pixels", "token_ids"):
+            assert torch.equal(row[name], rows[0][name])
+
+
+def test_collated_rows_are_a_batch(tokenizer, make_sample):
+    pipeline = _pipeline(tokenizer)
+    batch = collate([pipeline(make_sample(i), 2**63 - 1 - i, i) for i in range(3)])
+    assert isinstance(batch, Batch)
+    assert batch.pixels.shape == (3, 3, 16, 16)
+    assert batch.subject_pixels.shape == (3, 3, 3, 12, 12)
+    assert batch.key.tolist() == [2**63 - 1, 2**63 - 2, 2**63 - 3]
+    assert batch.sample.tolist() == [0, 1, 2]
+    assert batch.latents is None
+
+
+def test_stored_latents_reach_the_batch(tokenizer, make_sample):
+    latents = _rng().normal(size=(2, 4, 2, 2)).astype(np.float16)
+    pipeline = _pipeline(tokenizer, latents=True, flip_probability=0.0)
+    batch = collate([pipeline(replace(make_sample(0), latents=latents), 0, 0)])
+    np.testing.assert_array_equal(batch.latents[0], latents)
+    with pytest.raises(ValueError, match="no latents"):
+        pipeline(make_sample(0), 0, 0)
+    for changes in ({"flip_probability": 0.5}, {"flip_probability": 0.0, "crop": "random"}):
+        with pytest.raises(ValueError, match="stored latents"):
+            _pipeline(tokenizer, latents=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"flip_probability": 1.5}, "flip_probability is 1.5"),
+        ({"unconditional_probability": -0.1}, "unconditional_probability is -0.1"),
+        ({"keep_probability": 2.0}, "keep_probability is 2.0"),
+        ({"max_subjects": 0}, "max_subjects is 0"),
+        ({"max_subjects": 10}, "max_subjects is 10"),
+        ({"crop": "left"}, "crop is 'left'; expected one of random, centre"),
+        ({"background": "black"}, "background is 'black'"),
+    ],
+)
+def test_values_outside_their_domain_are_refused(tokenizer, changes, told):
+    with pytest.raises(ValueError, match=told):
+        _pipeline(tokenizer, **changes)

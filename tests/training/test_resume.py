@@ -1,0 +1,113 @@
+"""A run that is stopped, killed and resumed is the run that was never stopped."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tiny import load
+
+STEPS = (
+    "max_steps=8",
+    "data.batch_size=2",
+    "trainer.accumulate_grad_batches=2",
+    "callbacks.checkpoint.every_n_steps=2",
+    "optim=adamw_cosine",
+    "optim.schedule.warmup_steps=2",
+)
+
+SIGNALLED = """
+import os, sys
+from moa_train.training.callbacks.sample_log import SampleLog
+signum, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+log = SampleLog.after_step
+def log_and_signal(self, trainer, module, step):
+    log(self, trainer, module, step)
+    if step == at:
+        os.kill(os.getpid(), signum)
+SampleLog.after_step = log_and_signal
+from moa_train.cli.train import main
+main()
+"""
+
+
+def train_until_signal(world, signum, step, *overrides):
+    """`moa-train` in a process of its own that gets a signal right after an optimizer step."""
+    command = [sys.executable, "-c", SIGNALLED, str(signum), str(step), *world.overrides(*overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def assert_same(given, expected, path=""):
+    """Equal to the bit, all the way down."""
+    if isinstance(expected, dict):
+        assert given.keys() == expected.keys(), path
+        for key in expected:
+            assert_same(given[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(given) == len(expected), path
+        for index, (one, other) in enumerate(zip(given, expected, strict=True)):
+            assert_same(one, other, f"{path}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(given, expected), path
+    else:
+        assert given == expected, path
+
+
+@pytest.mark.slow
+def test_stopped_by_sigterm_then_killed_then_resumed_is_the_straight_run_bit_for_bit(world, tmp_path):
+    straight = world.train(tmp_path / "straight", *STEPS)
+    broken = tmp_path / "broken"
+    stopped = train_until_signal(world, 15, 3, f"run_dir={broken}", *STEPS)
+    assert stopped.returncode == 128 + 15, stopped.stderr
+    assert load(broken)["global_step"] == 3
+    killed = train_until_signal(world, 9, 7, f"run_dir={broken}", "ckpt=last", *STEPS)
+    assert killed.returncode == -9, killed.stderr
+    assert load(broken)["global_step"] == 6
+    world.train(broken, "ckpt=last", *STEPS)
+    resumed, expected = load(broken), load(straight)
+    for part in (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "ema",
+        "MoADataModule",
+        "random_state",
+        "global_step",
+    ):
+        assert_same(resumed[part], expected[part], part)
+    assert (broken / "sample_log.csv").read_text() == (straight / "sample_log.csv").read_text()
+    assert (broken / "metrics.csv").read_text() == (straight / "metrics.csv").read_text()
+
+
+def test_a_run_resumed_with_other_micro_batches_sees_the_same_samples_and_nearly_the_same_weights(world, tmp_path):
+    steps = ("loss.router.warmup=0", "loss.router.ramp=0", "optim.lr=1e-4")
+    straight = world.train(tmp_path / "straight", "max_steps=4", *steps)
+    split = world.train(tmp_path / "split", "max_steps=2", *steps)
+    micro = ("data.batch_size=2", "trainer.accumulate_grad_batches=2")
+    world.train(split, "max_steps=4", "ckpt=last", *micro, *steps)
+    assert (split / "sample_log.csv").read_text() == (straight / "sample_log.csv").read_text()
+    assert load(split)["global_step"] == 4
+    for name, value in load(straight)["state_dict"].items():
+        assert torch.allclose(load(split)["state_dict"][name], value, atol=2e-5), name
+
+
+def test_a_resume_with_another_global_batch_is_refused(world, finished):
+    with pytest.raises(ValueError, match="batch"):
+        world.train(finished, "ckpt=last", "max_steps=6", "data.batch_size=3")
+
+
+def test_a_new_run_in_the_folder_of_another_is_refused(world, finished):
+    with pytest.raises(ValueError, match="ckpt=last"):
+        world.train(finished, "max_steps=1")
+
+
+def test_resuming_without_a_checkpoint_is_refused_unless_it_may_start(world, tmp_path):
+    with pytest.raises(ValueError, match="ckpt=last: there is no"):
+        world.train(tmp_path / "a", "ckpt=last")
+    world.train(tmp_path / "a", "ckpt=auto", "max_steps=1")
+    assert load(tmp_path / "a")["global_step"] == 1
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        world.train(tmp_path / "b", "ckpt=nowhere.ckpt")
