@@ -35,13 +35,14 @@ class Step:
 def steps() -> list[Step]:
     """The demo in order."""
     checkpoint = OUT / "checkpoints" / "last.ckpt"
-    start = ("ckpt=last",) if (ROOT / checkpoint).is_file() else (f"init={TRAINED_BEFORE}",)
+    start = "ckpt=last" if (ROOT / checkpoint).is_file() else f"init={TRAINED_BEFORE}"
     return [
-        Step("Draw the toy world: people in places, with masks and captions", DATA / "index.json", "moa_train.data",
-             ("toy", f"out={DATA}", "train=4000", "validation=200")),
+        Step("Draw the toy world: people in places, with masks and captions", DATA / "test" / "index.json",
+             "moa_train.data", ("toy", f"out={DATA}")),
         Step(f"Train MoA for {STEPS} more steps, from weights that were trained for longer and ship with this package",
              WEIGHTS, "moa_train.train",
-             ("experiment=toy", *start, f"run_dir={OUT}", f"max_steps={STEPS}")),
+             ("experiment=toy", start, f"run_dir={OUT}", f"max_steps={STEPS}", "optim.lr=2e-4",
+              "loss.router.warmup=0.0", "loss.router.ramp=0.0", f"validate_every={STEPS // 2}")),
         Step("Export what was trained", WEIGHTS, "moa_train.export", (f"ckpt={checkpoint}", f"out={WEIGHTS}")),
         Step("Draw people that training never saw, and measure", OUT / "metrics.json", "moa_train.eval",
              (f"weights={WEIGHTS}", "benchmark=toy", f"out={OUT}")),

@@ -24,9 +24,9 @@ say "correctness on $device"
 MOA_TEST_DEVICE=$device "$python" -m pytest tests/gpu -q -p no:cacheprovider
 
 say "a short run, and its resume"
-"$python" -m moa_train.data toy out="$work/toy" train=64 validation=16
+"$python" -m moa_train.data toy out="$work/toy" train=64 validation=16 test=0
 run=("$python" -m moa_train.train experiment=toy trainer=$trainer run_dir="$work/run" data.batch_size=8
-     data.train="$work/toy" data.validation="$work/toy" validate_every=null callbacks.samples=null)
+     data.train="$work/toy/train" data.validation="$work/toy/validation" validate_every=null callbacks.samples=null)
 "${run[@]}" max_steps=2
 "${run[@]}" max_steps=4 ckpt="$work/run/checkpoints/last.ckpt"
 "$python" -m moa_train.export ckpt="$work/run/checkpoints/last.ckpt" out="$work/personalized.safetensors"

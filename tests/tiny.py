@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder and shards of a few thousand numbers, random but equal at every call: what tests train on."""
+"""A Stable Diffusion folder and shards of a few thousand random numbers, equal at every call: what tests train on."""
 
 import json
 import string

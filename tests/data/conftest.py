@@ -32,7 +32,14 @@ def square_sample(number: int, size: int = 16) -> Sample:
     labels[4 : size - 1, size // 2 + 1 : size - 2] = 2
     caption = "a man and a woman at sea"
     segments = tuple(
-        Segment(i, noun, caption.find(noun), caption.find(noun) + len(noun), bounding_box(labels == i), int((labels == i).sum()))
+        Segment(
+            i,
+            noun,
+            caption.find(noun),
+            caption.find(noun) + len(noun),
+            bounding_box(labels == i),
+            int((labels == i).sum()),
+        )
         for i, noun in ((1, "man"), (2, "woman"))
     )
     image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)

@@ -1,70 +1,27 @@
-"""A Stable Diffusion folder of a few thousand random weights, with personalized weights for it."""
+"""The tiny prior, its MoA pipeline, and a file of personalized weights for it."""
 
 import copy
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+import tiny
 from moa_train.checkpoint import export_personalized
 from moa_train.inference.pipeline import MoAPipeline
-from moa_train.model.unet import add_moa, personalized_state_dict
-from moa_train.prior.load import clip_tokenizer, load_prior
-
-TEXT_DIM, IMAGE_DIM, IMAGE_SIZE = 16, 12, 16
-
-
-def _write_image_encoder(folder: Path) -> None:
-    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8}
-    text = {"context_length": 77, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
-    model = open_clip.model.CLIP(embed_dim=IMAGE_DIM, vision_cfg=vision, text_cfg=text)
-    config = {
-        "model_cfg": {"embed_dim": IMAGE_DIM, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-    }
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
+from moa_train.model.unet import MoAConfig, add_moa, personalized_state_dict
+from moa_train.prior.load import load_prior
 
 
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory) -> Path:
     """Pictures of 16 x 16 pixels, latents of 8 x 8, 14 attention layers."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("prior")
-    tokenizer = clip_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=TEXT_DIM,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=2,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    parts = {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": CLIPTextModel(text),
-        "tokenizer": tokenizer,
-        "scheduler": scheduler,
-    }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    _write_image_encoder(folder / "image_encoder")
-    return folder
+    return tiny.save_prior(tmp_path_factory.mktemp("prior"))
 
 
 @pytest.fixture(scope="session")
@@ -84,32 +41,33 @@ def make_pipeline(prior) -> MoAPipeline:
     return pipe
 
 
-def randomize(unet) -> None:
-    """Random personalized weights, so that every part of MoA changes the picture."""
-    generator = torch.Generator().manual_seed(1)
-    for value in personalized_state_dict(unet).values():
-        value.add_(torch.randn(value.shape, generator=generator) * 0.3)
+def install(prior, trained: bool) -> None:
+    """MoA before training, or with random weights everywhere, so that every part of it changes the picture."""
+    torch.manual_seed(1)
+    add_moa(prior.unet, MoAConfig(prior.image_encoder.dim, sinusoids=8))
+    for value in personalized_state_dict(prior.unet).values() if trained else ():
+        value.add_(torch.randn_like(value) * 0.3)
 
 
 @pytest.fixture
 def fresh(prior) -> MoAPipeline:
     """MoA as it is before training."""
-    add_moa(prior.unet, prior.image_encoder.dim)
+    install(prior, trained=False)
     return make_pipeline(prior)
 
 
 @pytest.fixture
-def pipe(fresh) -> MoAPipeline:
-    randomize(fresh.unet)
-    return fresh
+def pipe(prior) -> MoAPipeline:
+    """MoA with random weights."""
+    install(prior, trained=True)
+    return make_pipeline(prior)
 
 
 @pytest.fixture(scope="session")
 def weights(_loaded, tmp_path_factory) -> Path:
-    """A file of personalized weights that belongs to `prior_folder`."""
+    """The weights of `pipe` as a file."""
     prior = copy.deepcopy(_loaded)
-    add_moa(prior.unet, prior.image_encoder.dim)
-    randomize(prior.unet)
+    install(prior, trained=True)
     path = tmp_path_factory.mktemp("weights") / "personalized.safetensors"
     metadata = {"moa": prior.unet.moa.config.to_dict(), "prior": prior.identity, "step": 7}
     export_personalized(path, personalized_state_dict(prior.unet), metadata)

@@ -21,7 +21,7 @@ def seeded(*seeds):
 
 
 def make(pipe, prompt, subjects=(), seeds=(0,), **options):
-    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np", **options}
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np", **options}
     return pipe(prompt, subjects, generator=seeded(*seeds), **options).images
 
 
@@ -42,7 +42,7 @@ def test_a_prompt_without_marker_gives_the_prior_s_picture_bit_for_bit(pipe, pri
     from moa_train.prior.load import load_prior
 
     reference = vanilla(load_prior(str(prior_folder)))
-    options = {"num_inference_steps": 3, "guidance_scale": guidance, "output_type": "np"}
+    options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "np"}
     expected = reference([PLAIN, "a forest"], generator=seeded(0, 1), **options).images
     assert np.array_equal(make(pipe, [PLAIN, "a forest"], seeds=(0, 1), guidance_scale=guidance), expected)
     assert pipe.routing is None
@@ -105,7 +105,7 @@ def test_the_null_half_of_guidance_sees_the_prior_alone(pipe, photo):
 
     with pipe.unet.register_forward_hook(compare, with_kwargs=True):
         make(pipe, PROMPT, [photo])
-    assert len(seen) == 3
+    assert len(seen) == 2
     for (null, cond), (plain_null, plain_cond) in seen:
         assert torch.allclose(null, plain_null, atol=1e-6)
         assert not torch.allclose(cond, plain_cond, atol=1e-2)
@@ -130,7 +130,7 @@ def test_routing_is_a_mean_over_layers_and_steps(pipe, photo):
     make(pipe, PROMPT, [photo])
     routing = pipe.routing
     layers = list(routing.layers)
-    assert routing.steps.shape == (3, 1, 8, 8)
+    assert routing.steps.shape == (2, 1, 8, 8)
     assert len(layers) == 14
     assert routing.timesteps == tuple(sorted(routing.timesteps, reverse=True))
     assert torch.allclose(routing.mean, routing.steps.mean(0), atol=1e-6)
@@ -149,7 +149,7 @@ def test_recording_does_not_change_the_picture_and_the_user_s_callback_still_run
 
     options = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     recorded = make(pipe, PROMPT, [photo], **options)
-    assert steps == [(step, ["prompt_embeds"]) for step in range(3)]
+    assert steps == [(step, ["prompt_embeds"]) for step in range(2)]
     assert np.array_equal(recorded, make(pipe, PROMPT, [photo], record_routing=False))
     assert pipe.routing is None
 
@@ -248,11 +248,11 @@ def test_subjects_without_moa_are_refused(prior, photo):
         "save_pretrained",
     ],
 )
-def test_what_would_replace_moa_s_attention_is_refused_and_leaves_it_alone(pipe, name, photo):
-    before = make(pipe, PROMPT, [photo])
+def test_what_would_replace_moa_s_attention_is_refused_and_leaves_it_alone(pipe, name):
+    before = dict(pipe.unet.attn_processors)
     with pytest.raises(ValueError, match="attention processors"):
         getattr(pipe, name)()
-    assert np.array_equal(make(pipe, PROMPT, [photo]), before)
+    assert pipe.unet.attn_processors == before
 
 
 def test_attention_replaced_behind_our_back_is_noticed(pipe, photo):

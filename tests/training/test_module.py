@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_prior_is_refused_by_name(finished):
     prior = checkpoint["moa_train"]["prior"]
     check_prior(checkpoint, prior)
     check_prior(checkpoint, {**prior, "name": "the same, elsewhere"})
-    with pytest.raises(ValueError, match="'other'.*weights"):
+    with pytest.raises(ValueError, match=r"'other'.*weights"):
         check_prior(checkpoint, {**prior, "name": "other", "weights": "0000"})
     with pytest.raises(ValueError, match="not a checkpoint of moa-train"):
         check_prior({"state_dict": {}}, prior)

@@ -63,6 +63,7 @@ def test_stopped_by_sigterm_then_killed_then_resumed_is_the_straight_run_bit_for
     stopped = train_until_signal(world, 15, 3, f"run_dir={broken}", *STEPS)
     assert stopped.returncode == 128 + 15, stopped.stderr
     assert load(broken)["global_step"] == 3
+    random_state = load(broken)["random_state"]
     killed = train_until_signal(world, 9, 7, f"run_dir={broken}", "ckpt=last", *STEPS)
     assert killed.returncode == -9, killed.stderr
     assert load(broken)["global_step"] == 6
@@ -78,12 +79,13 @@ def test_stopped_by_sigterm_then_killed_then_resumed_is_the_straight_run_bit_for
         "global_step",
     ):
         assert_same(resumed[part], expected[part], part)
+    assert_same(resumed["random_state"], random_state)  # steps draw from keys, never from global generators
     assert (broken / "sample_log.csv").read_text() == (straight / "sample_log.csv").read_text()
     assert (broken / "metrics.csv").read_text() == (straight / "metrics.csv").read_text()
 
 
 def test_a_run_resumed_with_other_micro_batches_sees_the_same_samples_and_nearly_the_same_weights(world, tmp_path):
-    steps = ("loss.router.warmup=0", "loss.router.ramp=0", "optim.lr=1e-4")
+    steps = ("loss.router.warmup=0.0", "loss.router.ramp=0.0", "optim.lr=1e-4")
     straight = world.train(tmp_path / "straight", "max_steps=4", *steps)
     split = world.train(tmp_path / "split", "max_steps=2", *steps)
     micro = ("data.batch_size=2", "trainer.accumulate_grad_batches=2")

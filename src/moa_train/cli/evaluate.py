@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli.command import command
+from moa_train.cli.paths import config_dir
+from moa_train.cli.prior import prior_paths_as_source
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,7 +30,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
 
-Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and config.yaml into `out`.
+Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and eval.yaml into `out`.
 Every setting with its meaning: configs/eval.yaml
 """
 
@@ -50,12 +53,12 @@ def run(cfg: DictConfig) -> None:
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))
-    pipe = MoAPipeline.from_pretrained(settings["prior"], settings["weights"], torch_dtype=dtype).to(device)
+    pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     gallery, numbers = run_toy(pipe, probe, protocol)
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
-    OmegaConf.save(cfg, out / "config.yaml")
+    OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
     for question, measure, whose, mean, low, high in table(numbers):
         print(f"{question:35} {whose:46} {mean:8.4f}   [{low:.4f}, {high:.4f}]  {measure}")
     print(f"{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {out / 'routing.png'}")
@@ -63,7 +66,15 @@ def run(cfg: DictConfig) -> None:
 
 def _probe_folder(name: str) -> Path:
     """Where the networks lie that look at the pictures; "toy" are the ones in this package."""
-    return Path(__file__).parents[1] / "assets" / "toy_prior" / "probe" if name == "toy" else Path(name)
+    from moa_train.prior.load import toy_prior_folder
+
+    return toy_prior_folder() / "probe" if name == "toy" else Path(name)
 
 
-main = command("eval", help=HELP, run="moa_train.cli.evaluate:run")
+def main() -> None:
+    """The command."""
+    sys.argv[1:] = prior_paths_as_source(sys.argv[1:], config_dir())
+    _main()
+
+
+_main = command("eval", help=HELP, run="moa_train.cli.evaluate:run")

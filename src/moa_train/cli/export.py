@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 HELP = """\
-Take the trained weights out of a checkpoint: personalized experts, routers, multimodal tokens, tuned image encoder layers.
+Take the trained weights out of a checkpoint: personalized experts, routers, multimodal tokens, and the image encoder's
+tuned layers.
 
   moa-export ckpt=runs/toy/TIME                                   its last checkpoint; the file goes beside config.yaml
   moa-export ckpt=runs/toy/TIME/checkpoints/step=000500.ckpt out=personalized.safetensors

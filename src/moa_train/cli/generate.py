@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli.command import command
+from moa_train.cli.paths import config_dir
+from moa_train.cli.prior import prior_paths_as_source
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,7 +57,7 @@ def run(cfg: DictConfig) -> None:
     if len(size) != 2:
         raise ValueError(f"size is {size}; expected width and height in pixels, size=[512,512], or null")
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
-    pipe = MoAPipeline.from_pretrained(settings["prior"], settings["weights"], torch_dtype=dtype).to(device)
+    pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=not settings["progress"])
     pictures = list(
         generate(
@@ -87,7 +90,8 @@ def _write(out: Path, pictures: list[Picture], settings: dict[str, Any]) -> None
     from moa_train.inference.pictures import ROUTING_COLUMNS, contact_sheet, file_hash, routing_row, save_png
     from moa_train.inference.weights import weights_path
 
-    facts = {name: settings[name] for name in ("prompt", "negative_prompt", "steps", "guidance", "prior")}
+    facts = {name: settings[name] for name in ("prompt", "negative_prompt", "steps", "guidance")}
+    facts["prior"] = settings["prior"]["source"]
     facts["subjects"] = [file_hash(Path(photo)) for photo in settings["subjects"]]
     weights = settings["weights"]
     facts["weights"] = None if weights is None else file_hash(weights_path(weights))
@@ -99,4 +103,10 @@ def _write(out: Path, pictures: list[Picture], settings: dict[str, Any]) -> None
         save_png(out / "routing.png", contact_sheet([routing_row(p) for p in pictures], ROUTING_COLUMNS), facts)
 
 
-main = command("generate", help=HELP, run="moa_train.cli.generate:run")
+def main() -> None:
+    """The command."""
+    sys.argv[1:] = prior_paths_as_source(sys.argv[1:], config_dir())
+    _main()
+
+
+_main = command("generate", help=HELP, run="moa_train.cli.generate:run")

@@ -1,4 +1,4 @@
-"""`prior=` as people write it: an option of the config group, or directly the folder or hub id of a Stable Diffusion model."""
+"""`prior=` as people write it: an option of the config group, or a Stable Diffusion folder or hub id."""
 
 from __future__ import annotations
 

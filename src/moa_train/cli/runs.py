@@ -135,10 +135,11 @@ def logged_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root, lightning = logging.getLogger(), logging.getLogger("pytorch_lightning")
-    level = lightning.level
+    root, ours, lightning = (logging.getLogger(name) for name in (None, "moa_train", "pytorch_lightning"))
+    levels = ours.level, lightning.level
     root.addHandler(handler)
     root.addFilter(_not_open_clips_chatter)
+    ours.setLevel(logging.INFO)
     lightning.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -148,7 +149,8 @@ def logged_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.removeFilter(_not_open_clips_chatter)
-        lightning.setLevel(level)
+        ours.setLevel(levels[0])
+        lightning.setLevel(levels[1])
         handler.close()
 
 

@@ -42,7 +42,7 @@ Loggers     (logger=):      {logger}
   seed=0                      the same seed gives the same run
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
-A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/{{last,step=...}}.ckpt.
+A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/.
 SIGTERM and Ctrl-C save a checkpoint first. Every setting with its meaning: configs/train.yaml and the groups beside it,
 or `moa-train --cfg job`.
 """

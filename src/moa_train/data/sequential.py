@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch.utils.data
 import webdataset as wds
+from webdataset import tariterators
 
 from moa_train.data.order import epoch_order, sample_key
 from moa_train.data.schema import BadSample, decode_sample
 from moa_train.data.stages import Pipeline, collate
-from moa_train.data.stream import ENDLESS, BadSampleGuard, prepared
+from moa_train.data.stream import BadSampleGuard, prepared
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,15 @@ class _Open:
 
     def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
-            for raw in wds.tariterators.tarfile_samples(iter([{"url": shard["url"]}]), handler=self._handle):
-                yield {**raw, "__epoch__": shard["epoch"]}
+            try:
+                opened = wds.gopen(shard["url"])
+            except OSError as error:
+                self.guard.refuse(error)
+                continue
+            with opened as stream:  # closed here: webdataset leaves it to the garbage collector
+                files = tariterators.tar_file_expander(iter([{**shard, "stream": stream}]), handler=self._handle)
+                for raw in tariterators.group_by_keys(files, handler=self._handle):
+                    yield {**raw, "__epoch__": shard["epoch"]}
 
     def _handle(self, error: Exception) -> bool:
         self.guard.refuse(error)
@@ -108,7 +116,7 @@ def sequential_batches(
         first = min(100, shuffle_buffer)
         stages.append(wds.shuffle(shuffle_buffer, initial=first, rng=random.Random(seed + start_shard)))
     stages += [_Rows(pipeline, seed, guard), wds.batched(batch_size, collation_fn=collate, partial=False)]
-    return wds.DataPipeline(*stages).with_length(ENDLESS)
+    return wds.DataPipeline(*stages)
 
 
 def resume_shard(step: int, global_batch: int, shard_samples: int) -> int:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from moa_train.data.sources.toyworld import NOUNS, draw_scene
 from moa_train.evaluation import metrics
 from moa_train.evaluation.gallery import REAL_STREAM, Gallery, ToyProtocol, make_gallery
 from moa_train.inference.pipeline import MoAPipeline
-from moa_train.prior.probe import Probe, crop_people
+from moa_train.prior.probe import SIZE, Probe, crop_people
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def run_toy(pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol) -> tuple[Gal
 
 
 def _pixels(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
-    stack = np.stack([np.asarray(picture.image.convert("RGB")) for picture in pictures.flat])
+    """Generated pictures at the probe's size."""
+    images = (picture.image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures.flat)
+    stack = np.stack([np.asarray(image) for image in images])
     return rearrange(torch.from_numpy(stack), "b h w c -> b c h w") / 255.0
 
 

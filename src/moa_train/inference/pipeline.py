@@ -179,8 +179,8 @@ class MoAPipeline(StableDiffusionPipeline):
         if negative is None:
             return Conditioning(positive, features, positions, present)
         negative = repeat(negative, "p ... -> (p g) ...", g=copies)
-        with_null = (torch.cat([torch.zeros_like(x), x]) for x in (features, positions, present))
-        return Conditioning(torch.cat([negative, positive]), *with_null, prior_rows=len(negative))
+        features, positions, present = (torch.cat([torch.zeros_like(x), x]) for x in (features, positions, present))
+        return Conditioning(torch.cat([negative, positive]), features, positions, present, prior_rows=len(negative))
 
     def _check_moa(self) -> None:
         """Subjects need an image encoder and MoA; the U-Net itself checks that no attention layer has lost it."""

@@ -152,6 +152,17 @@ def cast_prior(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditio
     return unet
 
 
+def compile_blocks(unet: UNet2DConditionModel, **options: Any) -> UNet2DConditionModel:
+    """Compile each transformer block by itself (`compile_repeated_blocks`), with room for a variant of each.
+
+    Layers record by name, so each is a variant of one code; torch would silently leave all beyond the eighth eager.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * len(attention_layers(unet)))
+    unet.compile_repeated_blocks(**options)
+    return unet
+
+
 def _installed(unet: UNet2DConditionModel) -> InstalledMoA:
     if not hasattr(unet, "moa"):
         raise ValueError("this U-Net has no MoA: call add_moa first")

@@ -1,4 +1,4 @@
-"""Stable Diffusion priors from anywhere: the bundled toy, a folder, a hub id, or the SD 1.5 architecture with random weights."""
+"""Stable Diffusion priors: the bundled toy, a folder, a hub id, or SD 1.5's architecture with random weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Prior:
 
 
 def toy_prior_folder() -> Path:
-    """Where the bundled toy prior lies: a Stable Diffusion folder with `image_encoder/` and `probe/` beside the rest."""
+    """The bundled toy prior: a Stable Diffusion folder with `image_encoder/` and `probe/` beside the rest."""
     return Path(str(files("moa_train") / "assets" / "toy_prior"))
 
 

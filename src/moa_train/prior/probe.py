@@ -20,10 +20,21 @@ _MARGIN = 1.1
 
 
 def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, 1, 1),
-        nn.GroupNorm(8, outputs), nn.SiLU(),
-    )  # fmt: skip
+    return nn.Sequential(*_convolution(inputs, outputs, stride), *_convolution(outputs, outputs, 1))
+
+
+def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()
+
+
+def _pyramid(width: int, first_stride: int) -> list[nn.Sequential]:
+    """Four blocks of growing width, each but perhaps the first at half the resolution of the one before."""
+    return [
+        _block(3, width, first_stride),
+        _block(width, 2 * width, 2),
+        _block(2 * width, 3 * width, 2),
+        _block(3 * width, 4 * width, 2),
+    ]
 
 
 class IdentityNet(nn.Module):
@@ -31,9 +42,7 @@ class IdentityNet(nn.Module):
 
     def __init__(self, identity_dim: int, width: int = 32) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            _block(3, width, 2), _block(width, 2 * width, 2), _block(2 * width, 3 * width, 2), _block(3 * width, 4 * width, 2)
-        )  # fmt: skip
+        self.features = nn.Sequential(*_pyramid(width, 2))
         self.head = nn.Linear(4 * width * 16, identity_dim)
 
     def forward(self, crops: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i"]:
@@ -46,9 +55,7 @@ class SceneNet(nn.Module):
 
     def __init__(self, contexts: int, width: int = 16) -> None:
         super().__init__()
-        self.down = nn.ModuleList(
-            [_block(3, width, 1), _block(width, 2 * width, 2), _block(2 * width, 3 * width, 2), _block(3 * width, 4 * width, 2)]
-        )  # fmt: skip
+        self.down = nn.ModuleList(_pyramid(width, 1))
         self.up = nn.ModuleList(
             [_block(7 * width, 3 * width, 1), _block(5 * width, 2 * width, 1), _block(3 * width, width, 1)]
         )
@@ -116,7 +123,8 @@ def save_probe(probe: Probe, folder: Path) -> None:
     identity_dim = probe.identity_net.head.out_features
     description = {"identity_dim": identity_dim, "contexts": list(probe.contexts)}
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    save_file({name: value.half().contiguous() for name, value in probe.state_dict().items()}, folder / "probe.safetensors")
+    state = {name: value.half().contiguous() for name, value in probe.state_dict().items()}
+    save_file(state, folder / "probe.safetensors")
 
 
 def load_probe(folder: Path) -> Probe:

@@ -122,8 +122,8 @@ class MoAModule(pl.LightningModule):
         missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
         if missing or unknown:
             raise ValueError(
-                f"the checkpoint does not fit this model: it lacks {len(missing)} trained tensors {missing[:2]} and holds "
-                f"{len(unknown)} unknown ones {unknown[:2]}; train with the model= and image_encoder= it was made with"
+                f"the checkpoint does not fit this model: it lacks {len(missing)} trained tensors {missing[:2]} and "
+                f"holds {len(unknown)} unknown ones {unknown[:2]}; train with the model= and image_encoder= of that run"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -259,8 +259,8 @@ def check_prior(checkpoint: Mapping[str, Any], prior: Mapping[str, Any]) -> None
     different = sorted(key for key in {*found["prior"], *prior} if found["prior"].get(key) != prior.get(key))
     if [key for key in different if key != "name"]:
         raise ValueError(
-            f"the checkpoint was trained on the prior {found['prior'].get('name')!r}, this run has {prior.get('name')!r} "
-            f"(they differ in {', '.join(different)}): resume with the same prior=, or start a new run"
+            f"the checkpoint was trained on the prior {found['prior'].get('name')!r}, this run has "
+            f"{prior.get('name')!r} (they differ in {', '.join(different)}): resume with the same prior=, or start anew"
         )
 
 

@@ -1,4 +1,4 @@
-"""The objective as training uses it: L = L_masked + lambda_r(progress) L_router + lambda_o L_object, and what is watched beside it."""
+"""The objective: L = L_masked + lambda_r(progress) L_router + lambda_o L_object, and what is watched beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASK = 3
 class RouterLoss:
     """lambda_r and when it acts: weight 0 for `warmup` of the run, then a linear ramp over `ramp` of the run.
 
-    A router that is pulled to the prior from the first step never opens the personalized expert (METHOD: starving router).
+    A router that is pulled to the prior from the first step starves the personalized expert before it can learn.
     """
 
     weight: float = 0.01
@@ -111,7 +111,7 @@ def compute_losses(
 ) -> LossTerms:
     """The three losses of every sample; training and validation share it.
 
-    A model that records no routing (a baseline) has no router loss, one that records no subject attention no object loss.
+    A model that records no routing (a baseline) has no router loss; without subject attention no object loss.
     """
     size = (prediction.shape[-2], prediction.shape[-1])
     masked = losses.masked_reconstruction(prediction, target, masks.foreground)
@@ -138,9 +138,9 @@ def draw_masked(key: Int[Tensor, " b"], probability: float) -> Bool[Tensor, " b"
 
 @torch.no_grad()
 def watched(observations: Observations, batch: Batch, masks: Masks) -> dict[str, tuple[Tensor, Tensor]]:
-    """R_0 (mean over all layers) and A_s inside and outside the subject, over samples that have one: name -> (mean, samples).
+    """R_0 (mean over all layers) and A_s inside and outside the subject: name -> (mean, number of subjects).
 
-    A sample's A_s is that of the token's own subject: inside M_s against everywhere else.
+    Only samples with a subject count. A_s is compared with its own M_s.
     """
     size = (masks.foreground.shape[-2], masks.foreground.shape[-1])
     has_subject = batch.subject_present.any(dim=1)

@@ -102,9 +102,9 @@ def segment_person(image: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]
 
 def _seeds(shape: tuple[int, ...], face: tuple[int, ...]) -> UInt8[np.ndarray, "h w"]:
     """GrabCut's start: the middle of the face is the person, head and shoulders probably, all beyond them not."""
-    x1, y1, x2, y2 = face
-    width, height = max(x2 - x1, 2), max(y2 - y1, 2)
-    centre, middle, bottom = (x1 + x2) / 2, (y1 + y2) / 2, shape[0]
+    x1, y1, x2, y2 = map(float, face)
+    width, height = max(x2 - x1, 2.0), max(y2 - y1, 2.0)
+    centre, middle, bottom = (x1 + x2) / 2, (y1 + y2) / 2, float(shape[0])
 
     def outline(*points: tuple[float, float]) -> np.ndarray:
         """A shape symmetric about the face: (half width in face widths, y) from top to bottom."""
@@ -123,7 +123,7 @@ def _seeds(shape: tuple[int, ...], face: tuple[int, ...]) -> UInt8[np.ndarray, "
     chest = outline((0.4, middle), (0.45, y2), (1.05, y2 + 0.45 * height), (1.15, max(y2 + height, bottom)))
     cv2.fillPoly(seeds, [chest], cv2.GC_PR_FGD)
     # what is: the face, the neck and a wedge of the chest
-    axes = (max(width // 3, 1), round(0.42 * height))
+    axes = (max(round(width / 3), 1), round(0.42 * height))
     cv2.ellipse(seeds, (round(centre), round(middle)), axes, 0, 0, 360, cv2.GC_FGD, thickness=-1)
     wedge = outline((0.2, middle), (0.2, y2 + 0.4 * height), (0.45, y2 + 0.7 * height), (0.45, bottom))
     cv2.fillPoly(seeds, [wedge], cv2.GC_FGD)

@@ -62,7 +62,7 @@ class AutoencoderStage(Stage):
 
 @torch.no_grad()
 def encode_all(
-    vae: AutoencoderKL, images: UInt8[np.ndarray, "n h w 3"], device: str, batch_size: int = 250
+    vae: AutoencoderKL, images: UInt8[np.ndarray, "n h w 3"], device: str, batch_size: int = 32
 ) -> Float[Tensor, "n 2 c h_latent w_latent"]:
     """Posterior mean and standard deviation of every picture, float16 on the CPU."""
     moments = []
@@ -74,7 +74,7 @@ def encode_all(
 
 @torch.no_grad()
 def restore_all(
-    vae: AutoencoderKL, images: UInt8[np.ndarray, "n h w 3"], device: str, batch_size: int = 100
+    vae: AutoencoderKL, images: UInt8[np.ndarray, "n h w 3"], device: str, batch_size: int = 32
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Every picture after the auto-encoder, from the posterior's mean."""
     restored = []

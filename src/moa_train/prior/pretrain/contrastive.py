@@ -80,7 +80,7 @@ class ContrastiveStage(Stage):
 
 @torch.no_grad()
 def retrieval(
-    model: open_clip.CLIP, tokenizer: CLIPTokenizer, scenes: SceneSet, size: int, count: int = 100
+    model: open_clip.CLIP, tokenizer: CLIPTokenizer, scenes: SceneSet, size: int, count: int
 ) -> dict[str, float]:
     """Share of pictures whose own text is the best of `count`: scenes with captions, people with descriptions."""
     rng = np.random.default_rng(0)

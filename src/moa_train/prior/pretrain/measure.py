@@ -20,7 +20,9 @@ class ProbeStage(Stage):
         the time instead of the drawn one.
     """
 
-    def __init__(self, probe: Probe, scenes: SceneSet, restored: UInt8[np.ndarray, "m h w 3"], **options: float) -> None:
+    def __init__(
+        self, probe: Probe, scenes: SceneSet, restored: UInt8[np.ndarray, "m h w 3"], **options: float
+    ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.probe = probe
         self.scenes = scenes
@@ -41,12 +43,18 @@ class ProbeStage(Stage):
         return loss + self._identity_loss(chosen, pictures, labels, rng)
 
     def _identity_loss(self, chosen: np.ndarray, pictures: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
-        rows = [(row, int(rng.integers(len(self.scenes.people[i])))) for row, i in enumerate(chosen) if self.scenes.people[i]]
+        rows = [
+            (row, int(rng.integers(len(self.scenes.people[i]))))
+            for row, i in enumerate(chosen)
+            if self.scenes.people[i]
+        ]
         places = torch.tensor([row for row, _ in rows])
         masks = torch.stack([labels[row] == person + 1 for row, person in rows])
         crops = crop_people(pictures[places], _shift(masks, rng))
         truth = np.stack([self.scenes.people[chosen[row]][person].vector() for row, person in rows])
-        return functional.mse_loss(self.probe.identity_net(crops.to(self.device)), torch.from_numpy(truth).to(self.device))
+        return functional.mse_loss(
+            self.probe.identity_net(crops.to(self.device)), torch.from_numpy(truth).to(self.device)
+        )
 
 
 def _shift(masks: Tensor, rng: np.random.Generator) -> Tensor:

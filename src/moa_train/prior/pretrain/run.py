@@ -34,6 +34,8 @@ from moa_train.prior.pretrain.tokens import encode_captions, train_tokenizer
 from moa_train.prior.probe import Probe, load_probe, save_probe
 
 STAGES = ("autoencoder", "text_to_image", "image_encoder", "probe", "figures")
+RETRIEVAL_COUNT = 100
+"""Pictures among whose texts the own one must be found."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -90,6 +92,9 @@ class Pretraining:
             raise ValueError(f"stages holds {', '.join(sorted(unknown))}; expected some of {', '.join(STAGES)}")
         if self.options.figure_samples < len(CONTEXTS):
             raise ValueError(f"figure_samples is {self.options.figure_samples}; expected {len(CONTEXTS)} or more")
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        recorded = json.dumps(asdict(self.options), indent=2, default=str)
+        (self.options.out / "pretrain.json").write_text(recorded + "\n")
         for name in STAGES:
             if name in stages:
                 pl.seed_everything(self.options.seed, verbose=False)
@@ -100,13 +105,14 @@ class Pretraining:
         if split not in self._scenes:
             count = self.options.scenes if split == "train" else self.options.held_out_scenes
             _LOG.info("drawing %d scenes (%s)", count, split)
-            self._scenes[split] = draw_scene_set(split, count, self.options.size, self.options.seed, self.options.workers)
+            self._scenes[split] = draw_scene_set(
+                split, count, self.options.size, self.options.seed, self.options.workers
+            )
         return self._scenes[split]
 
     def _fit(self, stage: Stage, name: str) -> None:
         folder = self.options.work / name
         fit(stage, folder, self.options.precision, self.options.accelerator)
-        self.options.out.mkdir(parents=True, exist_ok=True)
         (self.options.out / f"loss_{name}.csv").write_bytes((folder / "loss.csv").read_bytes())
         stage.to(self.device)
 
@@ -142,7 +148,9 @@ class Pretraining:
         scenes, vae, tokenizer = self._scene_set("train"), self._vae(), self._tokenizer()
         mirrored = np.ascontiguousarray(scenes.images[:, :, ::-1])
         moments = torch.stack([encode_all(vae, images, self.device) for images in (scenes.images, mirrored)], dim=1)
-        captions = torch.stack([encode_captions(tokenizer, [c[form] for c in scenes.captions]) for form in (0, 1)], dim=1)
+        captions = torch.stack(
+            [encode_captions(tokenizer, [c[form] for c in scenes.captions]) for form in (0, 1)], dim=1
+        )
         stage = TextToImageStage(
             build_unet(moments.shape[-1]),
             build_text_encoder(tokenizer),
@@ -207,7 +215,7 @@ class Pretraining:
         asked = torch.tensor([next(i for i, context in enumerate(CONTEXTS) if context in text) for text in prompts])
         figures = {
             "vae_psnr_db": reconstruction_psnr(vae, scenes.images, "cpu"),
-            "clip": retrieval(clip, self._tokenizer(), scenes, self.options.size),
+            "clip": retrieval(clip, self._tokenizer(), scenes, self.options.size, RETRIEVAL_COUNT),
             "probe_on_drawn_scenes": probe_figures(probe, scenes, scenes.images),
             "probe_on_restored_scenes": probe_figures(probe, scenes, restored),
             "prior_context_accuracy": float((shown == asked).float().mean()),
@@ -220,13 +228,15 @@ class Pretraining:
 
 
 def sample_prior(options: PretrainOptions) -> tuple[np.ndarray, list[str]]:
-    """Pictures of the finished prior, uint8 (n, h, w, 3), and their prompts: short and detailed captions of held-out people.
+    """Pictures of the finished prior, uint8 (n, h, w, 3), and their prompts: held-out people, briefly and in detail.
 
     Context k of picture i is i modulo the number of contexts, so every place is asked for equally often.
     """
     rng = np.random.default_rng([options.seed, 7])
     prompts = [
-        scene_caption([identity("validation", i, options.seed)], CONTEXTS[i % len(CONTEXTS)], i // len(CONTEXTS) % 2 == 1, rng)[0]
+        scene_caption(
+            [identity("validation", i, options.seed)], CONTEXTS[i % len(CONTEXTS)], i // len(CONTEXTS) % 2 == 1, rng
+        )[0]
         for i in range(options.figure_samples)
     ]
     out = options.out

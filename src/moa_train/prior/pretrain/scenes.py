@@ -90,4 +90,3 @@ def _draw_rows(split: str, numbers: range, size: int, seed: int) -> Iterator[Row
         detailed, _ = scene_caption(scene.identities, scene.context, True, rng)
         portrait, mask = draw_portrait(rng, people[0], size)
         yield scene, scene.caption, detailed, portrait, mask, people[0]
-

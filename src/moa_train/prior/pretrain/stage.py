@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 WARMUP_SHARE = 0.05
+SAVE_EVERY = 200
+"""Optimizer steps between checkpoints."""
 
 
 class _Steps(IterableDataset[int]):
@@ -85,7 +87,9 @@ class LossLog(pl.Callback):
         self.every = every
         self._losses: list[float] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, *_: object
+    ) -> None:
         """Collect the step's loss; write a line where a window ends."""
         self._losses.append(float(outputs["loss"]))  # type: ignore[index]
         if trainer.global_step % self.every == 0:
@@ -98,7 +102,7 @@ class LossLog(pl.Callback):
             self._losses.clear()
 
 
-def fit(stage: Stage, folder: Path, precision: str, accelerator: str, save_every: int = 200) -> None:
+def fit(stage: Stage, folder: Path, precision: str, accelerator: str) -> None:
     """Train a stage to its last step; a run that was cut off goes on from `folder/last.ckpt`."""
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
@@ -113,7 +117,7 @@ def fit(stage: Stage, folder: Path, precision: str, accelerator: str, save_every
         callbacks=[
             TQDMProgressBar(refresh_rate=10),
             LossLog(folder / "loss.csv", every=max(1, min(50, stage.steps // 20))),
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=save_every),
+            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=min(SAVE_EVERY, stage.steps)),
         ],
         default_root_dir=folder,
     )

@@ -47,7 +47,7 @@ class Checkpoints(StepCallback, Checkpoint):
         directory: where the files are.
         every_n_steps: optimizer steps between two saves; None: only at the end and on a signal.
         keep: how many `step=...` files to keep; None: all, 0: none.
-        signal_every_n_steps: with several ranks, optimizer steps between two agreements on whether one was told to stop.
+        signal_every_n_steps: with several ranks, optimizer steps until a signal to one of them is known to all.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ def _check_finite(module: MoAModule, step: int) -> None:
     broken = [name for name, good in zip(trained, finite, strict=True) if not good]
     if broken:
         raise ValueError(
-            f"{len(broken)} trained tensors hold NaN or infinity after step {step} (first: {broken[0]}); no checkpoint was "
-            "written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
+            f"{len(broken)} trained tensors hold NaN or infinity after step {step} (first: {broken[0]}); no checkpoint "
+            "was written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
         )
 
 

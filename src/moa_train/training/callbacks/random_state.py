@@ -13,7 +13,7 @@ KEY = "random_state"
 
 
 class RandomState(pl.Callback):
-    """Saves every rank's Python, NumPy, torch and CUDA generators, and sets them again before the first resumed batch."""
+    """Saves every rank's Python, NumPy, torch and CUDA generators; sets them before the first resumed batch."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None

@@ -1,0 +1,154 @@
+"""Photos of any kind become samples; the drawn face below stands for a photograph."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from moa_train.data.schema import check_sample
+from moa_train.data.sources.photos import PhotoSource, as_rgb, find_face, list_photos, read_photo, segment_person
+
+
+def portrait(width=320, height=400):
+    """A drawn person before a blue wall, and the exact mask."""
+    picture, mask = Image.new("RGB", (width, height), (60, 110, 170)), Image.new("L", (width, height))
+    x, y, r = width // 2, int(height * 0.4), width * 0.22
+    draw, inside = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
+
+    def both(shape, box, colour, **more):
+        getattr(draw, shape)(box, fill=colour, **more)
+        getattr(inside, shape)(box, fill=255, **more)
+
+    both("rounded_rectangle", (x - 2 * r, y + 1.6 * r, x + 2 * r, height + 40), (150, 40, 40), radius=60)
+    both("rectangle", (x - 0.45 * r, y + r, x + 0.45 * r, y + 1.9 * r), (205, 160, 130))
+    both("ellipse", (x - 1.1 * r, y - 1.5 * r, x + 1.1 * r, y + 0.9 * r), (50, 30, 20))
+    both("ellipse", (x - 0.95 * r, y - 1.15 * r, x + 0.95 * r, y + 1.3 * r), (225, 180, 150))
+    for side in (-1, 1):
+        e = x + side * 0.42 * r
+        draw.ellipse((e - 0.3 * r, y - 0.32 * r, e + 0.3 * r, y + 0.12 * r), fill=(165, 115, 95))
+        draw.rectangle((e - 0.28 * r, y - 0.42 * r, e + 0.28 * r, y - 0.28 * r), fill=(60, 40, 30))
+        draw.ellipse((e - 0.2 * r, y - 0.18 * r, e + 0.2 * r, y + 0.06 * r), fill=(240, 240, 240))
+        draw.ellipse((e - 0.1 * r, y - 0.16 * r, e + 0.1 * r, y + 0.05 * r), fill=(40, 25, 20))
+    nose = [
+        (x - 0.06 * r, y - 0.1 * r),
+        (x + 0.06 * r, y - 0.1 * r),
+        (x + 0.2 * r, y + 0.45 * r),
+        (x - 0.2 * r, y + 0.45 * r),
+    ]
+    draw.polygon(nose, fill=(235, 195, 165))
+    draw.ellipse((x - 0.2 * r, y + 0.4 * r, x + 0.2 * r, y + 0.5 * r), fill=(150, 100, 80))
+    draw.ellipse((x - 0.38 * r, y + 0.68 * r, x + 0.38 * r, y + 0.86 * r), fill=(150, 60, 60))
+    return picture.filter(ImageFilter.GaussianBlur(width / 130)), np.asarray(mask) > 0
+
+
+def _overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize("width", [200, 320, 900])
+def test_face_and_person_are_found_at_any_size(width):
+    picture, truth = portrait(width, width * 5 // 4)
+    image = np.asarray(picture)
+    x1, y1, x2, y2 = find_face(image)
+    assert abs((x1 + x2) / 2 - width / 2) < 0.05 * width
+    assert abs((y1 + y2) / 2 - 0.41 * width * 5 / 4) < 0.08 * width
+    mask = segment_person(image)
+    assert mask.shape == image.shape[:2]
+    assert _overlap(mask, truth) > 0.85
+
+
+def test_the_mask_is_the_same_each_time():
+    image = np.asarray(portrait()[0])
+    np.testing.assert_array_equal(segment_person(image), segment_person(image))
+
+
+def test_a_picture_without_a_face_is_refused():
+    image = np.full((200, 300, 3), 120, dtype=np.uint8)
+    image[50:150, 100:200] = 30
+    with pytest.raises(ValueError, match="no face was found"):
+        segment_person(image)
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    picture = portrait()[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_photo(tmp_path / "turned.png"), np.asarray(picture))
+
+
+def test_every_kind_of_picture_becomes_rgb():
+    colour = Image.new("RGB", (4, 3), (200, 100, 50))
+    half = colour.convert("RGBA")
+    half.putalpha(0)
+    sixteen = Image.fromarray(np.full((3, 4), 51 * 257, dtype=np.uint16))
+    expected = {
+        "grey": (colour.convert("L"), (124, 124, 124)),
+        "cmyk": (colour.convert("CMYK"), (200, 100, 50)),
+        "palette": (colour.convert("P", palette=Image.Palette.ADAPTIVE), (200, 100, 50)),
+        "transparent": (half, (255, 255, 255)),
+        "16 bit": (sixteen, (51, 51, 51)),
+        "grey and alpha": (Image.new("LA", (4, 3), (77, 255)), (77, 77, 77)),
+    }
+    for name, (picture, value) in expected.items():
+        values = np.asarray(as_rgb(picture)).astype(int)
+        assert values.shape == (3, 4, 3), name
+        assert abs(values - value).max() <= 2, name
+
+
+def test_large_photos_are_reduced_to_the_short_side(tmp_path):
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    assert read_photo(tmp_path / "a.png", max_side=100).shape == (100, 150, 3)
+    assert read_photo(tmp_path / "a.png", max_side=500).shape == (200, 300, 3)
+
+
+def test_photos_are_listed_without_masks_and_other_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("b/x.JPG", "a.png", "a.mask.png", "a.txt"):
+        (tmp_path / name).touch()
+    assert list_photos(tmp_path) == [tmp_path / "a.png", tmp_path / "b" / "x.JPG"]
+    with pytest.raises(ValueError, match="is not a folder"):
+        list_photos(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no photo"):
+        list_photos((tmp_path / "b" / "x.JPG").unlink() or tmp_path / "b")
+
+
+def test_a_photo_becomes_a_sound_sample(tmp_path):
+    portrait()[0].save(tmp_path / "me.png")
+    sample = PhotoSource(tmp_path, [tmp_path / "me.png"], noun="woman")[0]
+    assert check_sample(sample) == []
+    assert sample.caption == "a photo of a woman"
+    assert sample.source == {"file": "me.png"}
+
+
+def test_caption_and_mask_beside_a_photo_are_used(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "me.png")
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[5:20, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "me.mask.png")
+    (tmp_path / "me.txt").write_text("many women, one woman\n")
+    sample = PhotoSource(tmp_path, [tmp_path / "me.png"], noun="woman")[0]
+    assert check_sample(sample) == []
+    np.testing.assert_array_equal(sample.labels, mask // 255)
+    assert (sample.caption, sample.segments[0].start) == ("many women, one woman", 16)
+
+
+def test_what_cannot_be_used_is_left_out_by_name(tmp_path, caplog):
+    Image.new("RGB", (200, 200)).save(tmp_path / "plain.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    portrait()[0].save(tmp_path / "me.png")
+    (tmp_path / "me.txt").write_text("nobody")
+    names = ["plain.png", "broken.jpg", "me.png"]
+    source = PhotoSource(tmp_path, [tmp_path / name for name in names])
+    with caplog.at_level(logging.WARNING):
+        assert [source[i] for i in range(3)] == [None, None, None]
+    told = [record.getMessage() for record in caplog.records]
+    for message, name, why in zip(told, names, ("no face", "cannot", "does not hold the noun"), strict=True):
+        assert name in message
+        assert why in message
+
+
+def test_a_template_without_the_noun_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold \{noun\}"):
+        PhotoSource(tmp_path, [], caption="a photo")

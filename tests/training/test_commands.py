@@ -1,0 +1,178 @@
+"""`moa-train` and `moa-export` from the command line's point of view."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from moa_train.checkpoint import load_personalized
+from moa_train.cli import export, train
+from moa_train.cli.paths import config_dir
+from moa_train.cli.prior import prior_paths_as_source
+from moa_train.model.unet import MoAConfig, add_moa, load_personalized_state_dict, personalized_state_dict
+from moa_train.prior.load import load_prior
+from moa_train.training import export as exporting
+from safetensors import safe_open
+from tiny import load
+
+
+def call(main, monkeypatch, *arguments):
+    """Exit code of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["moa", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("experiment", ["toy", "ffhq_sd15"])
+def test_each_experiment_trains_for_two_steps(world, tmp_path, experiment):
+    run = world.train(tmp_path / "run", "max_steps=2", "optim.lr=1e-4", experiment=experiment)
+    assert load(run)["global_step"] == 2
+    assert load(run)["moa_train"]["config"]["name"] == experiment
+
+
+@pytest.mark.parametrize("change", [("optim=adamw_cosine", "optim.schedule.warmup_steps=1"), ("logger=tensorboard",)])
+def test_each_option_of_optimizer_and_logger_trains(world, tmp_path, change):
+    run = world.train(tmp_path / "run", "max_steps=2", *change)
+    assert load(run)["global_step"] == 2
+    assert (run / "metrics.csv").exists()
+    assert (run / "tensorboard").exists() == (change[0] == "logger=tensorboard")
+
+
+def test_wandb_is_offline_with_the_runs_own_id(world, tmp_path):
+    cfg = world.config(f"run_dir={tmp_path}/toy/now", "logger=wandb")
+    assert cfg.logger.wandb.offline
+    assert cfg.logger.wandb.resume == "allow"
+    assert list(cfg.logger) == ["csv", "wandb"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [("cpu", ("cpu", 1, 1)), ("gpu", ("gpu", 1, 1)), ("ddp", ("gpu", "auto", 1)), ("ddp_nodes", ("gpu", "auto", 2))],
+)
+def test_each_machine_composes(world, trainer, expected):
+    cfg = world.config(f"trainer={trainer}")
+    assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes) == expected
+
+
+def test_a_sweep_trains_one_run_for_each_value(world, tmp_path, monkeypatch):
+    settings = world.overrides("max_steps=1", f"runs={tmp_path}", "name=sweep")
+    assert call(train.main, monkeypatch, "-m", "optim.lr=1e-4,2e-4", *settings) == 0
+    (sweep,) = (tmp_path / "sweep").iterdir()
+    rates = [load(sweep / job)["moa_train"]["config"]["optim"]["lr"] for job in ("0", "1")]
+    assert rates == [1e-4, 2e-4]
+
+
+MISTAKES = {
+    "unknown setting": (["optim.learning_rate=1"], "optim.learning_rate"),
+    "unknown experiment": (["experiment=toyy"], "toy"),
+    "wrong kind": (["max_steps=many"], "max_steps"),
+    "bad value": (["loss.router.warmup=2"], "loss.router.warmup"),
+    "bad kind of loss": (["loss.object.kind=l3"], "balanced_l1"),
+    "bad dtype": (["prior_dtype=int8"], "prior_dtype"),
+    "missing checkpoint": (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
+    "missing prior": (["prior=/no/such/prior"], "/no/such/prior"),
+    "sweep of ranks": (["-m", "seed=0,1", "trainer=ddp"], "-m cannot be combined"),
+    "sweep into one folder": (["-m", "seed=0,1", "run_dir=here"], "run_dir cannot be given with -m"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(world, tmp_path, monkeypatch, capfd, mistake):
+    arguments, told = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    settings = [setting for setting in world.overrides() if setting.split("=")[0] not in ("experiment", "trainer")]
+    if "prior" in arguments[0]:
+        settings = [setting for setting in settings if not setting.startswith("prior.source")]
+    assert call(train.main, monkeypatch, *settings, *arguments) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "moa-train: error:" in line]
+    assert len(errors) == 1
+    assert told in errors[0]
+
+
+def test_several_processes_without_a_common_folder_are_refused(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(train.main, monkeypatch, *world.overrides(f"runs={tmp_path}")) == 2
+    assert "run_dir=FOLDER" in capfd.readouterr().err
+
+
+def test_a_prior_may_be_an_option_or_a_path():
+    given = ["prior=toy", "prior=/a/b", "prior=owner/name", "prior=nosuch", "prior=/a,/b", "prior.source=x", "seed=1"]
+    assert prior_paths_as_source(given, config_dir()) == [
+        "prior=toy",
+        "prior.source=/a/b",
+        "prior.source=owner/name",
+        "prior=nosuch",
+        "prior.source=/a,/b",
+        "prior.source=x",
+        "seed=1",
+    ]
+
+
+def test_help_names_the_experiments_and_starts_without_heavy_imports():
+    code = "import sys; sys.argv = ['moa-train', '--help']\nfrom moa_train.cli.train import main\nmain()\n"
+    code += "heavy = {'torch', 'diffusers', 'pytorch_lightning'} & set(sys.modules)\nassert not heavy, heavy"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "toy" in told
+    assert "ffhq_sd15" in told
+    assert "{" not in told
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_an_export_in_float32_is_the_checkpoint_to_the_bit(world, finished, tmp_path, monkeypatch, ema):
+    out = tmp_path / "personalized.safetensors"
+    code = call(export.main, monkeypatch, f"ckpt={finished}", f"out={out}", "dtype=float32", f"ema={str(ema).lower()}")
+    assert code == 0
+    checkpoint = load(finished)
+    expected = checkpoint["ema"]["average"] if ema else checkpoint["state_dict"]
+    state, metadata = load_personalized(out)
+    prior = load_prior(str(world.folder / "prior"))
+    unet = add_moa(prior.unet, MoAConfig(**metadata["moa"]))
+    load_personalized_state_dict(unet, state)
+    loaded = {f"denoiser.unet.{name}": value for name, value in personalized_state_dict(unet).items()}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    assert (metadata["step"], metadata["ema"], metadata["prior"]["weights"]) == (4, ema, prior.identity["weights"])
+    assert metadata["config"]["max_steps"] == 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_export_in_half_precision_is_the_rounded_average(finished, tmp_path, dtype):
+    out = tmp_path / "personalized.safetensors"
+    assert exporting.export_checkpoint(finished / "checkpoints" / "last.ckpt", out, dtype) == 4
+    average = load(finished)["ema"]["average"]
+    with safe_open(out, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            assert torch.equal(file.get_tensor(name), average[f"denoiser.unet.{name}"].to(getattr(torch, dtype)))
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(finished, tmp_path, monkeypatch, capfd):
+    whole = (finished / "checkpoints" / "last.ckpt").read_bytes()
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "torn.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    for name in ("foreign.ckpt", "torn.ckpt", "empty.ckpt", "nowhere.ckpt"):
+        assert call(export.main, monkeypatch, f"ckpt={tmp_path / name}") == 2
+        errors = [line for line in capfd.readouterr().err.splitlines() if "moa-export: error:" in line]
+        assert len(errors) == 1
+        assert name in errors[0]
+    with pytest.raises(ValueError, match="dtype=int8"):
+        exporting.export_checkpoint(finished / "checkpoints" / "last.ckpt", tmp_path / "x", "int8")
+
+
+def test_the_hub_gets_the_file_under_its_name(monkeypatch, tmp_path):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repository, exist_ok):
+            calls.append((repository, exist_ok))
+
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            return f"https://hub/{repo_id}/{path_in_repo}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    address = exporting.push_to_hub(tmp_path / "personalized.safetensors", "user/name")
+    assert address == "https://hub/user/name/personalized.safetensors"
+    assert calls == [("user/name", True)]
