@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_train.evaluation.report import table
+from moa_train.evaluation.report import plain
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUT = Path("data/toy"), Path("runs/demo")
@@ -70,12 +70,7 @@ def main() -> None:
 
 
 def _show(numbers: dict) -> None:
-    asked = None
-    for question, measure, whose, mean, low, high in table(numbers):
-        if question != asked:
-            print(f"\n{question} ({measure})")
-        asked = question
-        print(f"   {whose:48} {mean:8.4f}   95 %: {low:.4f} to {high:.4f}")
+    print(f"\n{plain(numbers)}")
     print("\nLook at:")
     for name, what in (
         ("samples.png", "the prior's pictures, and the same with people it never saw put into them"),

@@ -69,6 +69,7 @@ def test_augmentation_moves_the_subject_but_keeps_it_in_the_picture():
         picture = cut_out(image, mask, 60, np.random.default_rng(seed), "grey", augment=True)
         white = (picture.mean(axis=0) > 0.9).sum() / 3600
         assert abs(white - 20 / 30) < 0.2
+        assert picture.min() > 0.4  # grey 0.5 to the corners: turning uncovers nothing
         whites.add(round(float(white), 3))
     assert len(whites) > 10
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.subjects import subject_pixels
 from moa_train.model.unet import add_moa
 
 PROMPT = "a photo of a man <1> at the beach"
@@ -111,6 +112,26 @@ def test_the_null_half_of_guidance_sees_the_prior_alone(pipe, photo):
         assert not torch.allclose(cond, plain_cond, atol=1e-2)
 
 
+def test_each_marker_s_noun_carries_its_own_photo_and_null_rows_carry_none(pipe, photo, other_photo):
+    given = []
+
+    def note(module, args, kwargs):
+        given.append(kwargs["cross_attention_kwargs"]["moa"].conditioning)
+
+    with pipe.unet.register_forward_pre_hook(note, with_kwargs=True):
+        make(pipe, TWO, [photo, other_photo], num_inference_steps=1)
+    conditioning = given[0]
+    for slot, subject in enumerate((photo, other_photo)):
+        pixels = subject_pixels(subject, pipe.image_encoder.image_size)[None, None]
+        expected = pipe.image_encoder(pixels, torch.ones(1, 1, dtype=torch.bool))[0, 0]
+        assert torch.allclose(conditioning.image_features[1, slot], expected, atol=1e-6)
+    # The tiny tokenizer has one token a letter, behind the start token.
+    letters = [len(before.replace(" ", "")) for before in ("a man", "a man and a woman")]
+    assert conditioning.subject_positions[1].tolist() == letters
+    assert conditioning.subject_present.tolist() == [[False, False], [True, True]]
+    assert conditioning.prior_rows == 1
+
+
 def test_two_subjects_swapped_together_with_their_markers_give_the_same_picture(pipe, photo, other_photo):
     first = make(pipe, TWO, [photo, other_photo])
     swapped = make(pipe, "a man <2> and a woman <1> in the forest", [other_photo, photo])
@@ -155,8 +176,6 @@ def test_recording_does_not_change_the_picture_and_the_user_s_callback_still_run
 
 
 def test_a_path_a_pair_an_alpha_channel_and_a_cut_out_are_the_same_subject(pipe, photo, photo_files):
-    from moa_train.inference.subjects import subject_pixels
-
     picture, mask, both = photo_files
     expected = make(pipe, PROMPT, [photo])
     cut = subject_pixels(photo, pipe.image_encoder.image_size)

@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> None:
 
     from moa_train.evaluation.benchmark import run_toy
     from moa_train.evaluation.gallery import ToyProtocol
-    from moa_train.evaluation.report import table, write_report
+    from moa_train.evaluation.report import plain, write_report
     from moa_train.inference.device import device_and_dtype
     from moa_train.inference.pipeline import MoAPipeline
     from moa_train.prior.probe import load_probe
@@ -59,9 +59,8 @@ def run(cfg: DictConfig) -> None:
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
     OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
-    for question, measure, whose, mean, low, high in table(numbers):
-        print(f"{question:35} {whose:46} {mean:8.4f}   [{low:.4f}, {high:.4f}]  {measure}")
-    print(f"{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {out / 'routing.png'}")
+    print(plain(numbers))
+    print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {out / 'routing.png'}")
 
 
 def _probe_folder(name: str) -> Path:

@@ -39,6 +39,7 @@ Loggers     (logger=):      {logger}
   max_steps=1000              optimizer steps
   name=NAME run_dir=FOLDER    where the run goes: runs/NAME/TIME unless run_dir is given
   ckpt=last | auto | PATH     resume, bit for bit; auto: resume if there is a checkpoint (for jobs that are requeued)
+  init=FILE                   start from exported weights (toy: the file in this package) instead of the prior's copy
   seed=0                      the same seed gives the same run
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
@@ -85,11 +86,13 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     from omegaconf import OmegaConf
 
     from moa_train import __version__
+    from moa_train.checkpoint import load_personalized
     from moa_train.conditioning.encoders import TextEncoder
     from moa_train.denoiser import Denoiser
     from moa_train.diffusion import NoiseSchedule
+    from moa_train.inference.weights import fill_moa, weights_path
     from moa_train.latents import LatentCodec
-    from moa_train.model.unet import add_moa, trainable_parameters
+    from moa_train.model.unet import add_moa, compile_blocks, trainable_parameters
     from moa_train.prior.load import load_prior
     from moa_train.training.module import MoAModule
 
@@ -97,6 +100,8 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     prior = load_prior(cfg.prior.source, None if own else _build(cfg.image_encoder))
     moa = _build(cfg.model)(image_dim=prior.image_encoder.dim)
     unet = add_moa(prior.unet, moa)
+    if cfg.init is not None:
+        fill_moa(prior, *load_personalized(weights_path(cfg.init)))
     trained = trainable_parameters(unet)
     trained["image_encoder"] = [item for item in prior.image_encoder.named_parameters() if item[1].requires_grad]
     module = MoAModule(
@@ -120,7 +125,7 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if cfg.compile:
-        unet.compile_repeated_blocks()
+        compile_blocks(unet)
     return prior, module
 
 

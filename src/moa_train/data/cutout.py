@@ -45,16 +45,14 @@ def cut_out(
     height, width = y2 - y1, x2 - x1
     side = float(max(height, width))
     canvas_side = round(_MARGIN * side) if augment else max(height, width)
-    canvas = _canvas(canvas_side, rng, background)
-    top, left = (canvas_side - height) // 2, (canvas_side - width) // 2
-    window = canvas[top : top + height, left : left + width]
-    np.copyto(window, image[y1:y2, x1:x2], where=mask[y1:y2, x1:x2, None])
-    picture = Image.fromarray(canvas)
+    picture = Image.fromarray(_canvas(canvas_side, rng, background))
+    subject, stencil = Image.fromarray(image[y1:y2, x1:x2]), Image.fromarray(mask[y1:y2, x1:x2].view(np.uint8) * 255)
+    picture.paste(subject, ((canvas_side - width) // 2, (canvas_side - height) // 2), stencil)
     if augment:
         picture, side = _augmented(picture, side, rng)
     border = (picture.width - side) / 2
     box = (border, border, border + side, border + side)
-    resized = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    resized = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1.0)
     return np.asarray(resized, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
 
 

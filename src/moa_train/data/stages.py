@@ -40,7 +40,7 @@ class Resize:
         if (height, width) == (self.resolution, self.resolution):
             return sample
         size, box = (self.resolution, self.resolution), (left, top, left + side, top + side)
-        image = Image.fromarray(sample.image).resize(size, Image.Resampling.BICUBIC, box=box)
+        image = Image.fromarray(sample.image).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=1.0)
         steps = ((np.arange(self.resolution) + 0.5) * side / self.resolution).astype(np.int64)
         labels = sample.labels[(top + steps)[:, None], left + steps]
         return replace(sample, image=np.asarray(image), labels=labels)

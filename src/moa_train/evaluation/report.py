@@ -53,6 +53,18 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float,
     ]
 
 
+def plain(numbers: Mapping[str, Any]) -> str:
+    """The table for a terminal: a question, and below it one line for each whose answer it is."""
+    lines: list[str] = []
+    asked = None
+    for question, measure, whose, mean, low, high in table(numbers):
+        if question != asked:
+            lines += ["", f"{question} ({measure})"]
+        asked = question
+        lines.append(f"   {whose:46} {mean:9.4f}   95 %: {low:.4f} to {high:.4f}")
+    return "\n".join(lines[1:])
+
+
 def markdown(numbers: Mapping[str, Any]) -> str:
     """The whole report as Markdown; it shows samples.png and routing.png beside it."""
     lines = ["# MoA on the toy world", ""]

@@ -46,12 +46,17 @@ def load_personalized_prior(
         encoder = build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])
         options = {**options, "image_encoder": encoder}
     parts = load_prior(str(prior), **options)
-    _put_on(parts, state, metadata)
+    add_moa(parts.unet, MoAConfig(**metadata["moa"]))
+    fill_moa(parts, state, metadata)
     return parts, config
 
 
-def _put_on(parts: Prior, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    add_moa(parts.unet, MoAConfig(**metadata["moa"]))
+def fill_moa(parts: Prior, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Fill the MoA that is installed on a prior, and its tuned image encoder layers; warn if the prior is another one.
+
+    Raises:
+        ValueError: weights of another architecture or configuration.
+    """
     tuned = {name for name in state if name.startswith(_IMAGE_ENCODER)}
     load_personalized_state_dict(parts.unet, {name: state[name] for name in state.keys() - tuned})
     parts.image_encoder.load_trained_state_dict({name.removeprefix(_IMAGE_ENCODER): state[name] for name in tuned})

@@ -46,7 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of moa-train ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path} is not a whole checkpoint of moa-train ({type(error).__name__})") from error
     about = checkpoint.get("moa_train") if isinstance(checkpoint, dict) else None
     if about is None or about.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} is not a checkpoint of moa-train that this version reads")
