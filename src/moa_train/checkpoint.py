@@ -19,7 +19,7 @@ REQUIRED = ("moa", "prior", "step")
 _METADATA_KEY = "moa_train"
 
 
-def atomic_write(path: str | Path, writer: Callable[[Path], object]) -> None:
+def atomic_write(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
     """Let `writer` fill a temporary file beside `path`, flush it to the disk, then rename it over `path`.
 
     A kill at any moment leaves either the old file or the new one; an exception leaves the old one and no temporary.

@@ -8,7 +8,7 @@ l attention layers in order of execution; c h w picture or latent channels, rows
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ _Bundle = TypeVar("_Bundle", "Conditioning", "Batch")
 
 def _to(bundle: _Bundle, device: torch.device | str, dtype: torch.dtype | None = None) -> _Bundle:
     """Move every tensor of a bundle; floating tensors are cast to `dtype` where one is given."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(bundle):
         value = getattr(bundle, field.name)
         if isinstance(value, Tensor):

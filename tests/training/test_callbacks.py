@@ -162,7 +162,11 @@ def test_a_resumed_log_loses_the_steps_after_the_checkpoint_and_torn_lines(tmp_p
     path = tmp_path / "sample_log.csv"
     path.write_text("step,rank,samples\n1,0,3 4\n2,0,5 6\n3,0,7 8\n4,0,9 1")
     keep_until(path, 2, HEADER)
-    assert list(csv.reader(path.read_text().splitlines())) == [["step", "rank", "samples"], ["1", "0", "3 4"], ["2", "0", "5 6"]]
+    assert list(csv.reader(path.read_text().splitlines())) == [
+        ["step", "rank", "samples"],
+        ["1", "0", "3 4"],
+        ["2", "0", "5 6"],
+    ]
 
 
 def test_metrics_share_rows_by_step_and_new_columns_are_added(tmp_path):

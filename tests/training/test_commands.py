@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from moa_train.checkpoint import load_personalized
 from moa_train.cli import export, train
 from moa_train.cli.paths import config_dir
@@ -13,7 +15,6 @@ from moa_train.cli.prior import prior_paths_as_source
 from moa_train.model.unet import MoAConfig, add_moa, load_personalized_state_dict, personalized_state_dict
 from moa_train.prior.load import load_prior
 from moa_train.training import export as exporting
-from safetensors import safe_open
 from tiny import load
 
 

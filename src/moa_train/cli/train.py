@@ -60,8 +60,9 @@ def run(cfg: DictConfig) -> None:
     refuse_sweep_of_ranks(cfg)
     chosen = open_run(cfg)
     cfg.run_dir, cfg.run_id = str(chosen.folder), cfg.run_id or chosen.identifier
-    first = rank_zero_only.rank == 0
-    with logged_to(chosen.folder / ("train.log" if first else f"train.rank{rank_zero_only.rank}.log")):
+    rank = int(getattr(rank_zero_only, "rank", 0))
+    first = rank == 0
+    with logged_to(chosen.folder / ("train.log" if first else f"train.rank{rank}.log")):
         if first:
             OmegaConf.save(cfg, chosen.folder / "config.yaml", resolve=True)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)

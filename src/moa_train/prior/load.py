@@ -89,7 +89,7 @@ def _load_part(kind: type[_Part], source: str, subfolder: str, **options: Any) -
     if Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
         raise ValueError(f"{source} has no folder {subfolder}/: expected a folder in the Stable Diffusion format")
     try:
-        return kind.from_pretrained(source, subfolder=subfolder, **options)  # type: ignore[attr-defined,no-any-return]
+        return kind.from_pretrained(source, subfolder=subfolder, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{subfolder} of prior {source!r} cannot be loaded: {reason}") from error

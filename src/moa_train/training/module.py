@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moa_train.diffusion import LATENT, NOISE, NoiseSchedule, keyed_noise, keyed_timesteps
+from moa_train.latents import LatentCodec
 from moa_train.symbols import Batch, Conditioning, LossTerms, Observations
 from moa_train.training.objective import LossSettings, Masks, compute_losses, watched, with_wrong_subject
 from moa_train.training.optim import NamedParameters, OptimizerSettings
@@ -51,7 +52,7 @@ class MoAModule(pl.LightningModule):
         denoiser: nn.Module,
         text_encoder: nn.Module,
         image_encoder: nn.Module,
-        codec: nn.Module,
+        codec: LatentCodec,
         schedule: NoiseSchedule,
         trained: NamedParameters,
         loss: LossSettings,
@@ -105,7 +106,7 @@ class MoAModule(pl.LightningModule):
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained tensors alone; the prior is never saved."""
         kept = self.trained_names()
         prefix = kwargs.get("prefix", "")

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -67,7 +68,7 @@ class Stage(pl.LightningModule):
         """An endless loader of step numbers."""
         return DataLoader(_Steps(), batch_size=None)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         """AdamW with warm-up and a cosine, by step."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)

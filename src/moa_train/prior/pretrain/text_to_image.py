@@ -100,7 +100,7 @@ class TextToImageStage(Stage):
         latents = (moments[:, 0] + moments[:, 1] * torch.randn_like(moments[:, 1])) * self.scaling_factor
         noise = torch.randn_like(latents)
         steps = torch.from_numpy(rng.integers(1000, size=self.batch_size)).to(self.device)
-        noisy = self.scheduler.add_noise(latents, noise, steps)  # type: ignore[arg-type]
+        noisy = self.scheduler.add_noise(latents, noise, steps)
         text = self.networks["text_encoder"](tokens)[0]
         predicted = self.networks["unet"](noisy, steps, text, return_dict=False)[0]
         return nn.functional.mse_loss(predicted.float(), noise)
@@ -113,4 +113,4 @@ class TextToImageStage(Stage):
     def result(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         """The averaged U-Net and text encoder."""
         networks = self.averaged.module
-        return networks["unet"].eval(), networks["text_encoder"].eval()  # type: ignore[index,operator,return-value]
+        return networks["unet"].eval(), networks["text_encoder"].eval()  # type: ignore[index]

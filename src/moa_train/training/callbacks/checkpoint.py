@@ -36,7 +36,9 @@ class Interrupted(SystemExit):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Torch files that are either the old one or the new one, whatever kills the writer."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
 
 

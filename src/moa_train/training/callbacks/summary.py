@@ -40,7 +40,7 @@ class Summary(pl.Callback):
         for name, text in _LINES.items():
             if name in metrics:
                 logger.info("%s: %.4f", text, float(metrics[name]))
-        if starved:
+        if starved and inside is not None:
             logger.warning(
                 "STARVING ROUTER: R_0 inside the subject is %.3f (above %.1f), so the pictures show the prior, not the "
                 "subject: raise loss.router.warmup and optim.lr_scale.router, or lower loss.router.weight",
