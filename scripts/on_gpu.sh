@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an accelerator: correctness on CUDA against the CPU, a short run with a resume, speed and memory tables.
 #
-#   scripts/on_gpu.sh              on a machine with CUDA; about 15 minutes; writes benchmarks/results/*.json
+#   scripts/on_gpu.sh              on a machine with CUDA; about 25 minutes; writes benchmarks/results/*.json
 #   scripts/on_gpu.sh --dry-run    the same commands on the CPU at toy size, to see that they work; writes to a temporary folder
 #
 # PYTHON=... picks the interpreter (default: .venv/bin/python).
@@ -34,6 +34,17 @@ run=("$python" -m moa_train.train experiment=toy trainer=$trainer run_dir="$work
 say "pictures and the benchmark"
 "$python" -m moa_train.eval weights="$work/personalized.safetensors" out="$work/eval" device=$device \
   people=4 contexts=1 steps=2
+
+say "the toy prior, trained for longer than a CPU allows"
+pretrain=("$python" -m moa_train.pretrain work="$work/pretrain" out="$work/toy_prior" accelerator=$device)
+if [ "$device" = cuda ]; then
+  "${pretrain[@]}" autoencoder.steps=6000 text_to_image.steps=12000 text_to_image.batch_size=64
+else
+  "${pretrain[@]}" scenes=200 held_out_scenes=100 autoencoder.steps=2 text_to_image.steps=2 image_encoder.steps=2 \
+    probe.steps=2 figure_samples=8 figure_steps=2
+fi
+mkdir -p "$results"
+cp "$work/toy_prior/figures.json" "$results/toy_prior-$device.json"
 
 say "speed and memory: $results"
 if [ "$device" = cuda ]; then

@@ -107,3 +107,12 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`."""
         return _to(self, device)
+
+    def pin_memory(self) -> Batch:
+        """Copy every tensor into page-locked memory, from which a copy to an accelerator does not block."""
+        pinned: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                pinned[field.name] = value.pin_memory()
+        return replace(self, **pinned)

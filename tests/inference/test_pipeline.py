@@ -199,15 +199,15 @@ def test_weights_on_another_prior_are_named_in_a_warning(prior_folder, weights, 
     other.mkdir()
     for part in prior_folder.iterdir():
         (other / part.name).symlink_to(part)
+    caplog.set_level(logging.WARNING, logger="moa_train")
+    MoAPipeline.from_pretrained(other, weights)  # the same prior at another place
+    assert not caplog.records
     (other / "unet").unlink()
     unet = UNet2DConditionModel.from_pretrained(prior_folder / "unet")
     with torch.no_grad():
         unet.conv_in.weight.mul_(2)
     unet.save_pretrained(other / "unet")
-    with caplog.at_level(logging.WARNING, logger="moa_train"):
-        MoAPipeline.from_pretrained(prior_folder, weights)
-        assert not caplog.records
-        MoAPipeline.from_pretrained(other, weights)
+    MoAPipeline.from_pretrained(other, weights)
     assert str(other) in caplog.text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from moa_train.checkpoint import atomic_write
 class MetricsCSV(Logger):
     """One row a step, one column a metric, empty where a metric was not logged at that step.
 
-    A row is written when the next step's begins, so that training and validation share it. A new metric rewrites the
-    file with one more column. On resume, rows of steps after the checkpoint's are cut off.
+    A row is on disk as soon as it is logged; what validation adds to the same step replaces it. A new metric rewrites
+    the file with one more column. On resume, rows of steps after the checkpoint's are cut off.
 
     Args:
         directory: the folder of `metrics.csv`.
@@ -31,6 +32,7 @@ class MetricsCSV(Logger):
         self._columns: list[str] | None = None
         self._step = 0
         self._row: dict[str, float] = {}
+        self._start: int | None = None  # bytes before the row of this step, if it is the file's last
 
     @property
     def name(self) -> str:
@@ -53,18 +55,10 @@ class MetricsCSV(Logger):
         """Adds numbers to the row of `step`."""
         step = self._step if step is None else step
         if step != self._step:
-            self._write()
-            self._step = step
+            self._step, self._row, self._start = step, {}, None
         self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Nothing: a row is written when it is whole."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Writes the last row."""
-        self._write()
+        if self._row:
+            self._write()
 
     def resume_at(self, step: int) -> None:
         """Cuts off the rows of steps after `step`."""
@@ -73,19 +67,16 @@ class MetricsCSV(Logger):
             self._rewrite(list(rows[0]), [row for row in rows if float(row["step"]) <= step])
 
     def _write(self) -> None:
-        if not self._row:
-            return
         row = {"step": str(self._step)} | {name: repr(value) for name, value in self._row.items()}
-        self._row = {}
         if self._columns is None:
-            rows = read_rows(self.path)
-            self._columns = list(rows[0]) if rows else []
-        if set(row) <= set(self._columns):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns, restval="").writerow(row)
-        else:
-            added = [name for name in row if name not in self._columns]
-            self._rewrite([*self._columns, *added], [*read_rows(self.path), row])
+            self._columns = list((read_rows(self.path) or [{}])[0])
+        if self._start is not None:
+            os.truncate(self.path, self._start)
+        if not set(row) <= set(self._columns):
+            self._rewrite([*self._columns, *(name for name in row if name not in self._columns)], read_rows(self.path))
+        self._start = self.path.stat().st_size
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         text = io.StringIO()

@@ -68,6 +68,7 @@ class Checkpoints(StepCallback, Checkpoint):
         self.keep = keep
         self.signal_every_n_steps = signal_every_n_steps
         self._signal = 0
+        self._stop_by = 0
         self._saved_at = -1
         self._previous: dict[int, Any] = {}
 
@@ -78,8 +79,7 @@ class Checkpoints(StepCallback, Checkpoint):
         signum = self._agreed_signal(trainer, step)
         if signum:
             self.save(trainer, module)
-            logger.warning("stopped by %s at step %d; resume with ckpt=last", signal.Signals(signum).name, step)
-            raise Interrupted(signum)
+            self._stop_by = signum
 
     def save(self, trainer: pl.Trainer, module: MoAModule) -> None:
         """Writes `last.ckpt`, and a link to it under the step's name.
@@ -109,6 +109,19 @@ class Checkpoints(StepCallback, Checkpoint):
         self._saved_at = trainer.global_step if trainer.ckpt_path else -1
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._previous[signum] = signal.signal(signum, self._note)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the run where the numbers of the step before are logged.
+
+        Raises:
+            Interrupted: a signal asked for it, and the checkpoint is saved.
+        """
+        if self._stop_by:
+            name = signal.Signals(self._stop_by).name
+            logger.warning("stopped by %s at step %d; resume with ckpt=last", name, trainer.global_step)
+            raise Interrupted(self._stop_by)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         """The first signal asks for an orderly end; a second one of SIGINT ends at once."""
