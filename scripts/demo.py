@@ -18,7 +18,6 @@ from moa_train.evaluation.report import plain
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUT = Path("data/toy"), Path("runs/demo")
 WEIGHTS = OUT / "personalized.safetensors"
-TRAINED_BEFORE = Path("src/moa_train/assets/toy_moa/personalized.safetensors")
 STEPS = 120
 
 
@@ -35,7 +34,7 @@ class Step:
 def steps() -> list[Step]:
     """The demo in order."""
     checkpoint = OUT / "checkpoints" / "last.ckpt"
-    start = "ckpt=last" if (ROOT / checkpoint).is_file() else f"init={TRAINED_BEFORE}"
+    start = "ckpt=last" if (ROOT / checkpoint).is_file() else "init=toy"
     return [
         Step("Draw the toy world: people in places, with masks and captions", DATA / "test" / "index.json",
              "moa_train.data", ("toy", f"out={DATA}")),

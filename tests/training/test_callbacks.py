@@ -189,7 +189,7 @@ def test_metrics_share_rows_by_step_and_new_columns_are_added(tmp_path):
 def test_a_starving_router_is_told_in_the_metrics_and_in_a_line(inside, starved, tmp_path, caplog):
     log = MetricsCSV(tmp_path)
     metrics = {"val/routing_inside": torch.tensor(inside), "val/identity_gap": torch.tensor(0.01)}
-    trainer = a_trainer(callback_metrics=metrics, loggers=[log], global_step=5)
+    trainer = a_trainer(callback_metrics=metrics, loggers=[log], global_step=5, is_global_zero=True)
     Summary().on_train_end(trainer, Scalar(1.0))
     log.finalize("success")
     assert float(read_rows(tmp_path / "metrics.csv")[0]["router_starved"]) == starved

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from moa_train.training.metrics_csv import read_rows
 from tiny import load
 
 STEPS = (
@@ -94,6 +95,27 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_samples_and_nearly
     assert load(split)["global_step"] == 4
     for name, value in load(straight)["state_dict"].items():
         assert torch.allclose(load(split)["state_dict"][name], value, atol=2e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(world, tmp_path):
+    settings = ("max_steps=3", "optim.lr=1e-4", "validate_every=3")
+    alone = world.train(tmp_path / "alone", *settings)
+    shared = tmp_path / "shared"
+    ranks = ("trainer.strategy=ddp", "trainer.devices=2", "data.batch_size=2", f"run_dir={shared}")
+    command = [sys.executable, "-m", "moa_train.train", *world.overrides(*settings, *ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logs = [
+        read_rows(folder / f"sample_log{rank}.csv") for folder, rank in ((alone, ""), (shared, ""), (shared, ".rank1"))
+    ]
+    for whole, first, second in zip(*logs, strict=True):
+        samples = whole["samples"].split()
+        assert [first["samples"].split(), second["samples"].split()] == [samples[::2], samples[1::2]]
+    for name, value in load(alone)["state_dict"].items():
+        assert torch.allclose(load(shared)["state_dict"][name], value, atol=2e-5), name
+    gaps = [float(read_rows(folder / "metrics.csv")[-1]["val/masked"]) for folder in (alone, shared)]
+    assert gaps[0] == pytest.approx(gaps[1], rel=1e-3)
 
 
 def test_a_resume_with_another_global_batch_is_refused(world, finished):

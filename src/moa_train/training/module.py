@@ -214,7 +214,7 @@ class MoAModule(pl.LightningModule):
             shown[name] = ((value * has_subject).sum() / number.clamp_min(1), number)
         for name, (mean, count) in shown.items():  # means over the validation samples that count, on all ranks
             self.log(f"val/{name}", mean, on_step=False, on_epoch=True, batch_size=int(count), sync_dist=True)
-        self.log("step", float(self.trainer.global_step), on_step=False, on_epoch=True, batch_size=1)
+        self.log("step", float(self.trainer.global_step), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optimizer_settings.build(self._groups)

@@ -32,6 +32,8 @@ class Summary(pl.Callback):
                 each.resume_at(trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         metrics = trainer.callback_metrics
         inside = metrics.get("val/routing_inside", metrics.get("train/routing_inside"))
         starved = inside is not None and float(inside) > STARVED
