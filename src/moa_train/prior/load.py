@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from moa_train.conditioning.encoders import ImageEncoder, build_image_encoder
 
@@ -89,10 +92,23 @@ def _load_part(kind: type[_Part], source: str, subfolder: str, **options: Any) -
     if Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
         raise ValueError(f"{source} has no folder {subfolder}/: expected a folder in the Stable Diffusion format")
     try:
-        return kind.from_pretrained(source, subfolder=subfolder, **options)  # type: ignore[attr-defined]
+        with _without_progress_bars():
+            return kind.from_pretrained(source, subfolder=subfolder, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{subfolder} of prior {source!r} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it reads; what is read here takes a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _own_image_encoder(source: str) -> ImageEncoder:
