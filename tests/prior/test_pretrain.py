@@ -16,6 +16,9 @@ from moa_train.prior.pretrain.scenes import draw_scene_set
 from moa_train.prior.pretrain.tokens import encode_captions, train_tokenizer
 from moa_train.prior.probe import load_probe
 
+# Lightning's advice on loaders and its own deprecations; diffusers' schedulers call numpy in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
 
 def options(folder: Path, steps: int = 2) -> PretrainOptions:
     stage = StageOptions(steps=steps, batch_size=4, learning_rate=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -39,8 +41,8 @@ def edges(pixels: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
 class AutoencoderStage(Stage):
     """Reconstruct scenes: L1 + 4 MSE + edge L1 + a little KL."""
 
-    def __init__(self, vae: AutoencoderKL, scenes: SceneSet, *, kl_weight: float, **options: float) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(self, vae: AutoencoderKL, scenes: SceneSet, *, kl_weight: float, **options: Any) -> None:
+        super().__init__(**options)
         self.vae = vae
         self.scenes = scenes
         self.kl_weight = kl_weight

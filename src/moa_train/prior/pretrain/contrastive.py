@@ -50,9 +50,9 @@ class ContrastiveStage(Stage):
     """CLIP's loss in two halves: scenes against detailed captions, cut-out people against their descriptions."""
 
     def __init__(
-        self, model: open_clip.CLIP, tokenizer: CLIPTokenizer, scenes: SceneSet, *, size: int, **options: float
+        self, model: open_clip.CLIP, tokenizer: CLIPTokenizer, scenes: SceneSet, *, size: int, **options: Any
     ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.model = model
         self.scenes = scenes
         self.size = size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -20,10 +22,8 @@ class ProbeStage(Stage):
         the time instead of the drawn one.
     """
 
-    def __init__(
-        self, probe: Probe, scenes: SceneSet, restored: UInt8[np.ndarray, "m h w 3"], **options: float
-    ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(self, probe: Probe, scenes: SceneSet, restored: UInt8[np.ndarray, "m h w 3"], **options: Any) -> None:
+        super().__init__(**options)
         self.probe = probe
         self.scenes = scenes
         self.restored = restored

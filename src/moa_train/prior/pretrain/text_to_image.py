@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -79,9 +81,9 @@ class TextToImageStage(Stage):
         scaling_factor: float,
         drop_probability: float,
         ema_decay: float,
-        **options: float,
+        **options: Any,
     ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        super().__init__(**options)
         self.networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
         self.averaged = AveragedModel(self.networks, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.averaged.requires_grad_(False)
