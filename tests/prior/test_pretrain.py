@@ -40,7 +40,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_result_is_a_folder_that_diffusers_itself_loads_and_samples(trained):
-    pipe = StableDiffusionPipeline.from_pretrained(trained, safety_checker=None, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        trained, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+    )
     picture = pipe("a photo of a man at the beach", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (64, 64, 3)
     assert np.isfinite(picture).all()
