@@ -1,0 +1,24 @@
+"""`moa-data`: makes, draws and checks shards. One module a command."""
+
+from moa_train.cli.command import command_group
+from moa_train.cli.data import photos, show, toy, validate
+
+HELP = """\
+Make and check the data that moa-train reads: shards of pictures, masks and captions.
+
+  moa-data toy                       draw the toy world: needs nothing, takes about a minute
+  moa-data photos FOLDER out=OUT     your own photos: finds the person in each, writes shards
+  moa-data show DIR out=sheet.png    look at what is in the shards of a split
+  moa-data validate DIR              find everything that is wrong with them
+
+`moa-data COMMAND --help` says more. A data set is a folder with a subfolder a split (OUT/train, OUT/validation). Each
+holds WebDataset tars (KEY.jpg, KEY.seg.png, KEY.json), which `tar tf` and webdataset read, and an index. To train:
+
+  moa-train data.train=OUT/train data.validation=OUT/validation
+"""
+
+main = command_group(
+    "moa-data",
+    help=HELP,
+    commands={"toy": toy.main, "photos": photos.main, "show": show.main, "validate": validate.main},
+)
