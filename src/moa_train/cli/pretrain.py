@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moa_train.cli.command import command
+from moa_train.cli.precision import chosen_precision
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,6 +46,7 @@ def run(cfg: DictConfig) -> None:
         settings[name] = StageOptions(**settings[name])
     for name in ("out", "work"):
         settings[name] = Path(settings[name])
+    settings["precision"] = chosen_precision(cfg.precision, cfg.accelerator)
     stages = settings.pop("stages")
     for name in ("threads", "debug"):
         settings.pop(name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa_train.cli.command import command
 from moa_train.cli.paths import config_dir
+from moa_train.cli.precision import chosen_precision
 from moa_train.cli.prior import prior_paths_as_source
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def run(cfg: DictConfig) -> None:
     refuse_sweep_of_ranks(cfg)
     chosen = open_run(cfg)
     cfg.run_dir, cfg.run_id = str(chosen.folder), cfg.run_id or chosen.identifier
+    cfg.trainer.precision = chosen_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     rank = int(getattr(rank_zero_only, "rank", 0))
     first = rank == 0
     with logged_to(chosen.folder / ("train.log" if first else f"train.rank{rank}.log")):
