@@ -1,6 +1,7 @@
 """The toy benchmark with pictures that spell out what is in them, read by an oracle."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,19 +74,28 @@ def numbers(gallery):
     patch.setattr(benchmark, "_real_scenes", lambda gallery: benchmark._pixels(gallery.moa))
     measured = benchmark.measure(gallery, Oracle(gallery.people), PROTOCOL.margin)
     patch.undo()
-    return {**measured, "protocol": {"contexts": 3, "seeds": [4, 5], "steps": 2, "guidance": 3.0}, "seconds": 1.0}
+    return {
+        **measured,
+        "protocol": {"contexts": 3, "seeds": [4, 5], "steps": 2, "guidance": 3.0, "split": "test"},
+        "seconds": 1.0,
+    }
 
 
 def cosine(first, second):
     return float(first @ second / first.norm() / second.norm())
 
 
-def test_held_out_people_are_half_men_half_women_and_of_the_test_split():
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_people_are_half_men_half_women_and_of_the_split(split):
     from moa_train.data.sources.toyworld.identities import split_of
 
-    people = held_out_people(PROTOCOL)
+    people = held_out_people(replace(PROTOCOL, split=split))
     assert [person.identity.noun for person in people] == ["man"] * 3 + ["woman"] * 3
-    assert {split_of(person.identity) for person in people} == {"test"}
+    assert {split_of(person.identity) for person in people} == {split}
+
+
+def test_held_out_people_and_their_photos_are_the_same_each_time():
+    people = held_out_people(PROTOCOL)
     assert len({person.identity for person in people}) == 6
     for person in people:
         assert person.mask.any()
@@ -161,7 +171,7 @@ def test_the_figure_has_a_row_for_each_prior_and_person(gallery):
 
 @pytest.mark.parametrize(
     "wrong", [{"people": 5}, {"people": 2}, {"contexts": 0}, {"contexts": 9}, {"seeds": (1,)}, {"seeds": (1, 1)},
-              {"reference": "drawing"}],
+              {"reference": "drawing"}, {"split": "train"}],
 )  # fmt: skip
 def test_a_protocol_that_compares_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, Identity, draw_portrait, draw_scene, identity
+from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, SPLITS, Identity, draw_portrait, draw_scene, identity
 from moa_train.inference.pictures import generate
 from moa_train.inference.pipeline import MoAPipeline
 
@@ -19,15 +19,17 @@ REFERENCE_STREAM, REAL_STREAM = 1, 2
 class ToyProtocol:
     """What is generated.
 
-    people: held-out test people, half of each noun (even). contexts: how many of the eight. seeds: of the sampler's
-    noise, the same for everyone. reference: the photo of a subject, a "scene" in another place or a "portrait".
-    margin: pixels around people that do not count as context. steps, guidance, batch_size: of the sampler.
+    people: held-out people, half of each noun (even). split: where from; "validation" to choose settings on, "test" to
+    report. contexts: how many of the eight. seeds: of the sampler's noise, the same for everyone.
+    reference: the photo of a subject, a "scene" in another place or a "portrait". margin: pixels around people that do
+    not count as context. steps, guidance, batch_size: of the sampler.
     """
 
     people: int = 12
     contexts: int = 8
     seeds: tuple[int, ...] = (0, 1)
     reference: str = "scene"
+    split: str = "test"
     margin: int = 3
     steps: int = 25
     guidance: float = 3.0
@@ -43,6 +45,8 @@ class ToyProtocol:
             raise ValueError(f"contexts is {self.contexts}; expected 1 to {len(CONTEXTS)}")
         if len(set(self.seeds)) < 2 or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds is {list(self.seeds)}; expected two or more, all different: they give the scale")
+        if self.split not in SPLITS[1:]:
+            raise ValueError(f"split is {self.split}; expected validation or test: training saw the others")
         if self.reference not in ("scene", "portrait"):
             raise ValueError(f"reference is {self.reference}; expected scene or portrait")
 
@@ -67,12 +71,12 @@ class Gallery:
 
 
 def held_out_people(protocol: ToyProtocol) -> tuple[Person, ...]:
-    """The first test people of each noun, men before women, each with its reference photo."""
+    """The first people of the split of each noun, men before women, each with its reference photo."""
     chosen: list[Person] = []
     for noun in NOUNS:
         number = found = 0
         while found < protocol.people // len(NOUNS):
-            who = identity("test", number)
+            who = identity(protocol.split, number)
             if who.noun == noun:
                 chosen.append(_with_photo(who, protocol.reference, number))
                 found += 1

@@ -70,7 +70,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     lines = ["# MoA on the toy world", ""]
     protocol, n = numbers["protocol"], numbers["n"]
     lines += [
-        f"{n['people']} people that training never saw, {protocol['contexts']} contexts, "
+        f"{n['people']} {protocol['split']} people that training never saw, {protocol['contexts']} contexts, "
         f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with MoA ({protocol['steps']} steps, guidance "
         f"{protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
         f"{numbers['seconds']:g} s.",
