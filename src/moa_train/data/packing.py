@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import multiprocessing
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from moa_train.data.schema import Sample, encode_sample
+from moa_train.data.members import scan_shard
+from moa_train.data.parallel import ordered_map
+from moa_train.data.report import REPORT_NAME, Item, Report
+from moa_train.data.schema import Sample, encode_sample, split_name
 from moa_train.data.shards import INDEX_NAME, Shard, ShardIndex, index_shards
 from moa_train.data.storage import replacing, sha256_of
 
@@ -27,11 +30,11 @@ _TAR_FORMAT = tarfile.USTAR_FORMAT
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples by number, made when asked for. None: this one is left out (the source has said why)."""
+    """Samples by number, made when asked for. An `Item` also tells what was left out and why; None: left out."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> Sample | None: ...
+    def __getitem__(self, number: int, /) -> Sample | Item | None: ...
 
 
 def write_shards(
@@ -49,6 +52,8 @@ def write_shards(
 ) -> ShardIndex:
     """Write a source as the shards `OUT/SPLIT/SPLIT-000000.tar` ... with their index.
 
+    What the source left out is counted in the index (`packing["left_out"]`) and listed in `report.json`.
+
     Args:
         source: samples in any order; they are shuffled with `seed`.
         shard_bytes: a shard is closed once it is this large.
@@ -59,7 +64,8 @@ def write_shards(
         on_sample: called with the number of source items done, also those of an earlier, interrupted run.
 
     Raises:
-        ValueError: the folder holds data of other settings, or no sample is left.
+        ValueError: the folder holds data of other settings, a key is given twice or cannot be a file name, or no
+            sample is left.
     """
     folder = Path(out) / split
     settings = {"samples": len(source), "seed": seed, "shard_bytes": shard_bytes, "image_format": image_format}
@@ -68,10 +74,16 @@ def write_shards(
         return _complete_already(folder, packing["config"], on_sample)
     progress = _Progress(folder / f"{split}-packing.json", packing["config"])
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
-    with _encoded(source, order[progress.done :], image_format, workers) as samples:
-        _write(samples, folder, split, shard_bytes, progress, on_sample or (lambda done: None))
+    make = partial(_make, source, image_format)
+    with closing(ordered_map(make, order[progress.done :], workers)) as items:
+        _write(items, folder, split, shard_bytes, progress, on_sample or (lambda done: None))
+    _save_report(progress.report, folder)
     if not progress.shards:
-        raise ValueError(f"no sample is left to write to {folder}: all {len(source)} were left out")
+        progress.path.unlink()
+        why = "".join(f"; {line.strip()}" for line in progress.report.lines()[:3])
+        raise ValueError(f"no sample is left to write to {folder}: all {len(source)} were left out{why}")
+    told = progress.report.told()
+    packing.update({name: told[name] for name in ("left_out", "remarked")})
     index = index_shards(folder, split, tuple(progress.shards), packing)
     progress.path.unlink()
     return index
@@ -84,46 +96,39 @@ class _Progress:
         self.path, self.config = path, json.loads(json.dumps(config))
         self.shards: list[Shard] = []
         self.done = 0
+        self.report = Report()
         if path.exists():
             told = json.loads(path.read_text())
             if told["config"] != self.config:
                 raise ValueError(_other_settings(path.parent, told["config"], self.config))
             self.shards = [Shard(**shard) for shard in told["shards"]]
             self.done = told["done"]
+            self.report = Report.read(told["report"])
             log.info("%s: %d shards are there already; going on", path.parent, len(self.shards))
 
     def add(self, shard: Shard | None, done: int) -> None:
         self.done = done
         self.shards += [] if shard is None else [shard]
-        told = {"config": self.config, "done": done, "shards": [asdict(shard) for shard in self.shards]}
+        shards = [asdict(shard) for shard in self.shards]
+        told = {"config": self.config, "done": done, "shards": shards, "report": self.report.told()}
         with replacing(self.path) as file:
             file.write(json.dumps(told).encode())
 
 
-class _encoded:
-    """Context of an iterator over the encoded samples of a source, made here or by worker processes."""
-
-    def __init__(self, source: Source, order: list[int], image_format: str, workers: int) -> None:
-        self.make = partial(_make, source, image_format)
-        self.order = order
-        self.pool = multiprocessing.Pool(workers) if workers else None
-
-    def __enter__(self) -> Iterator[tuple[str, dict[str, bytes]] | None]:
-        return map(self.make, self.order) if self.pool is None else self.pool.imap(self.make, self.order, chunksize=16)
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.terminate()
-            self.pool.join()
-
-
-def _make(source: Source, image_format: str, number: int) -> tuple[str, dict[str, bytes]] | None:
-    sample = source[number]
-    return None if sample is None else (sample.key, encode_sample(sample, image_format))
+def _make(source: Source, image_format: str, number: int) -> Item:
+    """Item `number` with its content encoded."""
+    item = source[number]
+    if item is None:
+        return Item(str(number), None)
+    if isinstance(item, Sample):
+        item = Item(item.key, item)
+    if isinstance(item.content, Sample):
+        return Item(item.key, encode_sample(item.content, image_format), item.remarks)
+    return item
 
 
 def _write(
-    samples: Iterable[tuple[str, dict[str, bytes]] | None],
+    items: Iterable[Item],
     folder: Path,
     split: str,
     shard_bytes: int,
@@ -131,8 +136,9 @@ def _write(
     on_sample: Callable[[int], None],
 ) -> None:
     """Fill shard after shard; note each in `progress` once it is complete."""
-    iterator = iter(samples)
+    iterator = iter(items)
     done, ended = progress.done, False
+    keys = {sample.key for shard in progress.shards for sample in scan_shard(folder / shard.name)[0]}
     on_sample(done)
     while not ended:
         path = folder / f"{split}-{len(progress.shards):06d}.tar"
@@ -144,9 +150,11 @@ def _write(
                 except StopIteration:
                     ended = True
                     break
-                if item is not None:
-                    _add(tar, *item)
+                if item.content is not None:
+                    assert not isinstance(item.content, Sample)
+                    _add(tar, item.key, item.content, keys)
                     count += 1
+                progress.report.add(item.key, item.content is not None, item.remarks)
                 done += 1
                 on_sample(done)
         shard = Shard(path.name, count, path.stat().st_size, sha256_of(path)) if count else None
@@ -155,11 +163,23 @@ def _write(
         progress.add(shard, done)
 
 
-def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+def _add(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes], keys: set[str]) -> None:
+    """Append a sample whose key is none of `keys` yet."""
+    if key in keys:
+        raise ValueError(f"two samples have the key {key!r}: give each sample a key of its own")
+    keys.add(key)
     for suffix, content in members.items():
         info = tarfile.TarInfo(f"{key}.{suffix}")
+        if split_name(info.name) != (key, suffix) or not key.isascii() or not key.isprintable() or key[:1] in "/":
+            raise ValueError(f"the key {key!r} cannot name a sample: use letters, digits, - and _, no dots")
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+
+
+def _save_report(report: Report, folder: Path) -> None:
+    if report.names:
+        with replacing(folder / REPORT_NAME) as file:
+            file.write(json.dumps(report.told(), indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def _complete_already(folder: Path, config: dict[str, Any], on_sample: Callable[[int], None] | None) -> ShardIndex:

@@ -89,8 +89,11 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def encode_sample(sample: Sample, image_format: str = "png") -> dict[str, bytes]:
+def encode_sample(sample: Sample, image_format: str = "png", picture: bytes | None = None) -> dict[str, bytes]:
     """The members of a sample by suffix, in the order of a shard.
+
+    Args:
+        picture: the image as a file of this format, stored as it is; None: the image is encoded.
 
     Raises:
         ValueError: an unknown image format.
@@ -108,7 +111,7 @@ def encode_sample(sample: Sample, image_format: str = "png") -> dict[str, bytes]
     wide = sample.labels.max(initial=0) > 255
     labels = Image.fromarray(sample.labels.astype(np.uint16 if wide else np.uint8))
     members = {
-        image_format: _saved(Image.fromarray(sample.image), _SAVE_OPTIONS[image_format]),
+        image_format: picture or _saved(Image.fromarray(sample.image), _SAVE_OPTIONS[image_format]),
         LABELS_SUFFIX: _saved(labels, _SAVE_OPTIONS["png"]),
         JSON_SUFFIX: json.dumps(told, ensure_ascii=False).encode(),
     }
