@@ -219,6 +219,15 @@ def test_a_checkpoint_of_another_prior_is_refused_by_name(finished):
         check_prior({"state_dict": {}}, prior)
 
 
+def test_a_resume_of_another_length_says_that_the_router_loss_moves(world, tmp_path, caplog):
+    ramp = ("loss.router.weight=0.5", "loss.router.warmup=0.25", "loss.router.ramp=0.5")
+    world.train(tmp_path, "max_steps=2", *ramp)
+    assert "max_steps was" not in caplog.text
+    world.train(tmp_path, "max_steps=4", "ckpt=last", *ramp)
+    assert "max_steps was 2, is 4" in caplog.text
+    assert "goes on with 0.25" in caplog.text  # half of the run is over, half of the ramp
+
+
 def test_a_checkpoint_holds_trained_tensors_and_no_prior(finished):
     checkpoint = load(finished)
     assert len(checkpoint["state_dict"]) > 50

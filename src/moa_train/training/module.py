@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from moa_train.latents import LatentCodec
 from moa_train.symbols import Batch, Conditioning, LossTerms, Observations
 from moa_train.training.objective import LossSettings, Masks, compute_losses, watched, with_wrong_subject
 from moa_train.training.optim import NamedParameters, OptimizerSettings
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1
 
@@ -236,12 +239,23 @@ class MoAModule(pl.LightningModule):
             ValueError: not a checkpoint of this project, or one that was trained on another prior.
         """
         check_prior(checkpoint, self.prior)
+        self._tell_other_length(checkpoint["moa_train"]["max_steps"], checkpoint["global_step"])
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counter in (progress["total"], progress["current"]):
             saved_mid_hook = counter["completed"] < counter["processed"]
             counter.update(dict.fromkeys(("ready", "started", "processed"), done))
             counter["completed"] = done - 1 if saved_mid_hook else done
+
+    def _tell_other_length(self, before: int, step: int) -> None:
+        if before != self.max_steps and self.loss.router.warmup + self.loss.router.ramp > 0:
+            logger.warning(
+                "max_steps was %d, is %d: the router loss's warm-up and ramp are fractions of it and move; its weight "
+                "goes on with %g",
+                before,
+                self.max_steps,
+                self.loss.router.weight_at(step / self.max_steps),
+            )
 
 
 def _send(drawn: Tensor, device: torch.device) -> Tensor:
