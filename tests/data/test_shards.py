@@ -12,8 +12,10 @@ import pytest
 import webdataset as wds
 
 from moa_train.data.packing import write_shards
+from moa_train.data.remote import Patience
 from moa_train.data.schema import BadSample, decode_sample
 from moa_train.data.shards import ShardIndex, ShardReader
+from moa_train.data.storage import Cache
 
 
 def _shards(index):
@@ -212,6 +214,7 @@ def test_remote_shards_are_read_through_the_cache(packed, samples, tmp_path):
 def test_a_remote_shard_of_another_hash_is_refused(packed, tmp_path):
     path = _shards(packed)[0]
     path.write_bytes(path.read_bytes() + b"x")
+    cache = Cache.at(tmp_path / "cache", patience=Patience(tries=2, wait=0.01))
     with pytest.raises(ValueError, match="its index says"):
-        ShardReader(ShardIndex.load(f"file://{packed.storage.location}", tmp_path / "cache"))[0]
+        ShardReader(ShardIndex.load(f"file://{packed.storage.location}", cache))[0]
     assert not list((tmp_path / "cache").glob("*.tar"))

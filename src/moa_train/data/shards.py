@@ -18,7 +18,7 @@ import numpy as np
 
 from moa_train.data.members import BLOCK, MEMBER_DTYPE, check_header, scan_shard
 from moa_train.data.schema import KINDS, SCHEMA_VERSION, BadSample, Sample, decode_sample, kind_of
-from moa_train.data.storage import Storage, replacing, sha256_of
+from moa_train.data.storage import Cache, Storage, replacing, sha256_of
 
 INDEX_NAME = "index.json"
 
@@ -60,7 +60,7 @@ class ShardIndex:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @classmethod
-    def load(cls, location: str | Path, cache: str | Path | None = None) -> ShardIndex:
+    def load(cls, location: str | Path, cache: Cache | str | Path | None = None) -> ShardIndex:
         """Read the index of one split: a local folder or a URL.
 
         Raises:
@@ -194,9 +194,8 @@ class ShardReader:
         while len(self._files) >= self.open_shards:
             os.close(self._files.popitem(last=False)[1])
         told = self.index.shards[shard]
-        path = self.index.storage.path(told.name, told.sha256)
         try:
-            self._files[shard] = os.open(path, os.O_RDONLY)
+            self._files[shard] = self.index.storage.open(told.name, told.sha256)
         except OSError as error:
             raise ValueError(f"shard {told.name} cannot be opened: {error}; run moa-data validate on it") from error
         return self._files[shard]
