@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -20,7 +20,7 @@ _AHEAD = 3
 """Chunks under way for each worker: memory does not grow with the length of the work."""
 
 
-def ordered_map(function: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
+def ordered_map(function: Callable[[int], T], numbers: Sequence[int], workers: int) -> Generator[T, None, None]:
     """`map(function, numbers)`, by `workers` processes; 0: by this one.
 
     The function is sent to each worker once. Workers end with this process, however it ends.

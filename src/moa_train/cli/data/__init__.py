@@ -1,13 +1,14 @@
 """`moa-data`: makes, draws and checks shards. One module a command."""
 
 from moa_train.cli.command import command_group
-from moa_train.cli.data import photos, show, toy, validate
+from moa_train.cli.data import fastcomposer, photos, show, toy, validate
 
 HELP = """\
 Make and check the data that moa-train reads: shards of pictures, masks and captions.
 
   moa-data toy                       draw the toy world: needs nothing, takes about a minute
-  moa-data photos FOLDER out=OUT     your own photos: finds the person in each, writes shards
+  moa-data photos FOLDER out=OUT     your own photos: finds the people in each, writes shards
+  moa-data fastcomposer TAR out=OUT  FastComposer's preprocessing of FFHQ, which the paper trained on
   moa-data show DIR out=sheet.png    look at what is in the shards of a split
   moa-data validate DIR              find everything that is wrong with them
 
@@ -20,5 +21,11 @@ holds WebDataset tars (KEY.jpg, KEY.seg.png, KEY.json), which `tar tf` and webda
 main = command_group(
     "moa-data",
     help=HELP,
-    commands={"toy": toy.main, "photos": photos.main, "show": show.main, "validate": validate.main},
+    commands={
+        "toy": toy.main,
+        "photos": photos.main,
+        "fastcomposer": fastcomposer.main,
+        "show": show.main,
+        "validate": validate.main,
+    },
 )

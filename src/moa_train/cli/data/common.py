@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 def pack(source: Source, split: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
     """Write one split of a source; `settings` are the command's, `config` is what the index keeps of them."""
     from moa_train.data.packing import write_shards
+    from moa_train.data.report import REPORT_NAME, Report
 
     with progress(f"{split}: {len(source)} samples", len(source)) as advance:
         index = write_shards(
@@ -32,6 +35,10 @@ def pack(source: Source, split: str, settings: dict[str, Any], config: dict[str,
         )
     left_out = f"; {len(source) - len(index)} were left out" if len(index) < len(source) else ""
     print(f"{index.storage.location}: {len(index)} samples in {len(index.shards)} shards{left_out}")
+    report = Path(index.storage.location) / REPORT_NAME
+    if report.is_file():
+        print("\n".join(Report.read(json.loads(report.read_text(encoding="utf-8"))).lines()))
+        print(f"  by name in {report}")
 
 
 @contextmanager
