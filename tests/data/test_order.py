@@ -1,9 +1,11 @@
 """The order of an epoch is a pure function with windows; keys are SplitMix64."""
 
+import time
+
 import numpy as np
 import pytest
 
-from moa_train.data.order import epoch_order, mix, sample_key
+from moa_train.data.order import epoch_order, mix, mixed_order, sample_key, shares_of
 
 COUNTS = np.array([5, 1, 7, 3, 9, 4])
 MASK = (1 << 64) - 1
@@ -64,3 +66,94 @@ def test_every_sample_comes_first_about_equally_often():
 
 def test_the_order_of_a_seed_never_changes():
     assert epoch_order(np.array([3, 3]), 0, 0, 1).tolist() == [4, 5, 3, 2, 0, 1]
+
+
+def test_one_set_is_the_order_of_its_epoch():
+    epochs, samples = mixed_order([COUNTS], [29], 1, 2, 3)
+    np.testing.assert_array_equal(samples, epoch_order(COUNTS, 1, 2, 3))
+    assert set(epochs.tolist()) == {2}
+
+
+SETS = [np.array([4, 3]), np.array([10, 10, 10]), np.array([5])]
+SHARES = (24, 6, 12)
+FIRSTS = (0, 7, 37)
+
+
+def _of_each_set(epochs):
+    """(own epoch, sample) of each set over the first epochs of the mixture, in order."""
+    found = [[], [], []]
+    for epoch in range(epochs):
+        for own, sample in zip(*(a.tolist() for a in mixed_order(SETS, SHARES, 5, epoch, 2)), strict=True):
+            found[np.searchsorted(FIRSTS, sample, side="right") - 1].append((own, sample))
+    return found
+
+
+def test_each_set_of_a_mixture_goes_through_its_own_epochs():
+    for counts, share, first, found in zip(SETS, SHARES, FIRSTS, _of_each_set(10), strict=True):
+        size = int(counts.sum())
+        assert len(found) == 10 * share
+        for start in range(0, len(found) - size + 1, size):
+            own, samples = zip(*found[start : start + size], strict=True)
+            assert set(own) == {start // size}
+            assert sorted(samples) == list(range(first, first + size))
+
+
+def test_no_sample_of_a_mixture_comes_twice_with_one_key():
+    addresses = [address for found in _of_each_set(10) for address in found]
+    assert len(set(addresses)) == len(addresses) == 10 * sum(SHARES)
+
+
+def test_any_stretch_of_a_mixture_has_nearly_the_shares():
+    for epoch in range(5):
+        samples = mixed_order(SETS, SHARES, 5, epoch, 2)[1]
+        which = np.searchsorted(FIRSTS, samples, side="right") - 1
+        for chosen, share in enumerate(SHARES):
+            ideal = np.arange(1, 43) * share / 42
+            assert np.abs(np.cumsum(which == chosen) - ideal).max() < 2.5
+
+
+def test_equal_sets_do_not_fall_to_ranks_one_each():
+    samples = mixed_order([np.array([50])] * 2, (50, 50), 0, 0, 1)[1]
+    assert 10 < int((samples[::2] < 50).sum()) < 40
+
+
+def test_the_order_of_a_mixture_never_changes():
+    epochs, samples = mixed_order([np.array([2]), np.array([3])], (4, 1), 0, 1, 1)
+    assert list(zip(epochs.tolist(), samples.tolist(), strict=True)) == [(2, 0), (2, 1), (0, 2), (3, 1), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ((100, 300), None, (100, 300)),
+        ((100, 300), (3, 1), (300, 100)),
+        ((100, 300), (0.3, 0.1), (300, 100)),
+        ((5, 5), (1, 2), (3, 7)),  # 3.33 and 6.67
+        ((4, 3, 3), (1, 1, 1), (4, 3, 3)),
+        ((7,), (2,), (7,)),
+    ],
+)
+def test_an_epoch_has_as_many_samples_as_the_sets_in_the_ratio_of_the_weights(sizes, weights, expected):
+    assert shares_of(sizes, weights) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ((1.0,), "expected a positive number for each of 2 sets"),
+        ((1.0, 0.0), "expected a positive"),
+        ((1.0, float("nan")), "expected a positive"),
+        ((1.0, 1e-6), "has no sample in an epoch of 10"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weights, told):
+    with pytest.raises(ValueError, match=told):
+        shares_of((5, 5), weights)
+
+
+def test_an_epoch_of_a_million_is_ordered_quickly():
+    counts = np.full(4000, 250)
+    start = time.perf_counter()
+    order = epoch_order(counts, 0, 3, 16)
+    assert time.perf_counter() - start < 2.0  # about 0.2 s
+    assert len(order) == 10**6

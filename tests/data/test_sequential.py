@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from moa_train.data.guard import Notes
 from moa_train.data.schema import BadSample
 from moa_train.data.sequential import EndlessShards, expand_shards, resume_shard, sequential_batches
 from moa_train.data.stages import Pipeline
-from moa_train.data.stream import BadSampleGuard
 
 URLS = [f"{i}.tar" for i in range(5)]
 
@@ -35,7 +35,7 @@ def test_ranks_take_turns_and_a_start_skips_shards():
 @pytest.fixture
 def batches(packed, tokenizer):
     def build(**options):
-        settings = {"seed": 1, "guard": BadSampleGuard(), "shuffle_buffer": 0, **options}
+        settings = {"seed": 1, "notes": Notes(), "shuffle_buffer": 0, **options}
         pipeline = Pipeline(tokenizer, 16, 12, 2, unconditional_probability=0.0)
         return sequential_batches(expand_shards(packed.storage.location), pipeline, 4, **settings)
 
@@ -89,10 +89,11 @@ def test_a_bad_shard_stops_the_run_or_is_skipped(batches, packed):
     _truncate(packed)
     with pytest.raises(ValueError, match="on_bad_sample=skip goes on"):
         _samples(batches(), 23)
-    guard = BadSampleGuard("skip", 0.9)
+    notes = Notes("skip")
     left = 23 - packed.shards[1].count
-    assert len(set(_samples(batches(guard=guard), 23))) == left
-    assert guard.bad > 0
+    assert len(set(_samples(batches(notes=notes), 23))) == left
+    assert notes.bad
+    assert notes.read > 4 * left
 
 
 def test_a_bad_sample_is_named(batches, packed, monkeypatch):

@@ -116,7 +116,7 @@ def whole(data, tmp_path_factory):
 
 
 def test_a_run_sees_the_epochs_in_order(whole, data):
-    counts = _datamodule(data)._train_index().counts
+    counts = _datamodule(data)._train_sets().counts[0]
     expected = []
     for epoch in range(3):
         samples = epoch_order(counts, 7, epoch, 2).tolist()
@@ -165,7 +165,7 @@ def test_a_resume_with_another_order_is_refused(whole, data, changes, told):
 def test_a_resume_on_other_data_is_refused(whole, data, tmp_path):
     write_shards(ToyScenes("train", 22, people=9, size=16, seed=1), tmp_path, "train", shard_bytes=20_000)
     datamodule = _datamodule(data)
-    datamodule.train = tmp_path / "train"
+    datamodule.train = [tmp_path / "train"]
     with pytest.raises(ValueError, match="index_hash was"):
         _fit(datamodule, 12, ckpt=whole[1] / "3.ckpt")
 

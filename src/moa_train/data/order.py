@@ -5,11 +5,13 @@ Both are functions of numbers alone (SplitMix64, Steele et al. 2014), equal on e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-_SHARDS, _SAMPLES, _KEYS = 1, 2, 3
-"""Streams of numbers: the order of shards, the order in a window, sample keys."""
+_SHARDS, _SAMPLES, _KEYS, _SETS, _PLACES = 1, 2, 3, 4, 5
+"""Streams of numbers: the order of shards, the order in a window, sample keys, seeds of mixed sets, places in a mix."""
 
 
 def mix(values: UInt64[np.ndarray, "*any"]) -> UInt64[np.ndarray, "*any"]:
@@ -48,3 +50,62 @@ def epoch_order(counts: Int64[np.ndarray, " shards"], seed: int, epoch: int, win
         part = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]])
         parts.append(part[np.argsort(_hashed(_SAMPLES, seed, epoch, part), kind="stable")])
     return np.concatenate(parts)
+
+
+def shares_of(sizes: Sequence[int], weights: Sequence[float | int] | None) -> tuple[int, ...]:
+    """How many samples of each set one epoch has; together as many as the sets have.
+
+    Rounded by largest remainders. Without weights each set gives what it has.
+
+    Raises:
+        ValueError: not one positive number a set, or one so small that its set would never be drawn.
+    """
+    if weights is None:
+        return tuple(sizes)
+    if len(weights) != len(sizes) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"weights are {list(weights)}; expected a positive number for each of {len(sizes)} sets")
+    exact = np.array(weights) / sum(weights) * sum(sizes)
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: sum(sizes) - shares.sum()]] += 1
+    if not shares.all():
+        raise ValueError(f"weights are {list(weights)}: a set of them has no sample in an epoch of {sum(sizes)}")
+    return tuple(shares.tolist())
+
+
+def mixed_order(
+    sets: Sequence[Int64[np.ndarray, " _"]], shares: Sequence[int], seed: int, epoch: int, window: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """An epoch of several sets: for each of its samples the epoch of its own set, and its number.
+
+    Each set goes through its own epochs, whatever the others do, so that all its samples come equally often; an epoch
+    of the mixture takes the next `share` samples of each. The k-th of them lies at a random place in
+    [k, k + 1) / share of the epoch: any stretch has nearly the sets' shares, without a period. One set alone is
+    `epoch_order`.
+
+    Args:
+        sets: samples in each shard of each set; sample numbers run through sets and shards in order.
+    """
+    if len(sets) == 1 and shares[0] == sets[0].sum():
+        order = epoch_order(sets[0], seed, epoch, window)
+        return np.full_like(order, epoch), order
+    seeds = _hashed(_SETS, seed, 0, np.arange(len(sets))).tolist()
+    parts, first = [], 0
+    for counts, share, own in zip(sets, shares, seeds, strict=True):
+        epochs, samples = _stretch(counts, own, window, epoch * share, share)
+        chance = _hashed(_PLACES, own, epoch, np.arange(share)).astype(np.float64) / 2.0**64
+        parts.append(((np.arange(share) + chance) / share, epochs, first + samples))
+        first += int(counts.sum())
+    places, epochs, samples = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(places, kind="stable")
+    return epochs[order], samples[order]
+
+
+def _stretch(
+    counts: Int64[np.ndarray, " shards"], seed: int, window: int, start: int, length: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Epochs and sample numbers of a stretch of a set's endless sequence."""
+    total = int(counts.sum())
+    first, last = start // total, (start + length - 1) // total
+    samples = np.concatenate([epoch_order(counts, seed, epoch, window) for epoch in range(first, last + 1)])
+    skipped = start - first * total
+    return (start + np.arange(length)) // total, samples[skipped : skipped + length]

@@ -19,10 +19,11 @@ import torch.utils.data
 import webdataset as wds
 from webdataset import tariterators
 
+from moa_train.data.guard import Notes
 from moa_train.data.order import epoch_order, sample_key
 from moa_train.data.schema import BadSample, decode_sample
 from moa_train.data.stages import Pipeline, collate
-from moa_train.data.stream import BadSampleGuard, prepared
+from moa_train.data.stream import prepared
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +52,15 @@ class EndlessShards(torch.utils.data.IterableDataset[dict[str, Any]]):
 class _Open:
     """A stage of the pipeline: shards -> raw samples, each with the epoch it is read in."""
 
-    def __init__(self, guard: BadSampleGuard) -> None:
-        self.guard = guard
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
 
     def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
             try:
                 opened = wds.gopen(shard["url"])
             except OSError as error:
-                self.guard.refuse(error)
+                self.notes.refuse(error)
                 continue
             with opened as stream:  # closed here: webdataset leaves it to the garbage collector
                 files = tariterators.tar_file_expander(iter([{**shard, "stream": stream}]), handler=self._handle)
@@ -67,27 +68,27 @@ class _Open:
                     yield {**raw, "__epoch__": shard["epoch"]}
 
     def _handle(self, error: Exception) -> bool:
-        self.guard.refuse(error)
+        self.notes.refuse(error)
         return True
 
 
 class _Rows:
     """A stage of the pipeline: raw samples -> rows of a batch."""
 
-    def __init__(self, pipeline: Pipeline, seed: int, guard: BadSampleGuard) -> None:
-        self.pipeline, self.seed, self.guard = pipeline, seed, guard
+    def __init__(self, pipeline: Pipeline, seed: int, notes: Notes) -> None:
+        self.pipeline, self.seed, self.notes = pipeline, seed, notes
 
     def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for raw in samples:
-            self.guard.read += 1
             key = raw["__key__"]
             number = _number(key)
             try:
                 stored = decode_sample(key, {name: value for name, value in raw.items() if isinstance(value, bytes)})
                 row = prepared(self.pipeline, stored, sample_key(self.seed, raw["__epoch__"], number), number)
             except BadSample as error:
-                self.guard.refuse(BadSample(f"shard {raw['__url__']}: {error}"))
+                self.notes.refuse(BadSample(f"shard {raw['__url__']}: {error}"))
             else:
+                self.notes.sound()
                 yield row
 
 
@@ -97,7 +98,7 @@ def sequential_batches(
     batch_size: int,
     *,
     seed: int,
-    guard: BadSampleGuard,
+    notes: Notes,
     shuffle_buffer: int = 1000,
     start_shard: int = 0,
     rank: int = 0,
@@ -111,11 +112,11 @@ def sequential_batches(
         start_shard: how many shards of the endless sequence are skipped.
         rank, world: which of its shards are this rank's.
     """
-    stages: list[Any] = [EndlessShards(urls, seed, start_shard, rank, world), wds.split_by_worker, _Open(guard)]
+    stages: list[Any] = [EndlessShards(urls, seed, start_shard, rank, world), wds.split_by_worker, _Open(notes)]
     if shuffle_buffer:
         first = min(100, shuffle_buffer)
         stages.append(wds.shuffle(shuffle_buffer, initial=first, rng=random.Random(seed + start_shard)))
-    stages += [_Rows(pipeline, seed, guard), wds.batched(batch_size, collation_fn=collate, partial=False)]
+    stages += [_Rows(pipeline, seed, notes), wds.batched(batch_size, collation_fn=collate, partial=False)]
     return wds.DataPipeline(*stages)
 
 

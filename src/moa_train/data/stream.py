@@ -6,39 +6,37 @@ batches. Rank r of W takes every W-th sample of it, so a run resumed elsewhere s
 
 from __future__ import annotations
 
-import logging
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch.utils.data
-from jaxtyping import Int64
 
-from moa_train.data.order import epoch_order, sample_key
+from moa_train.data.guard import Notes
+from moa_train.data.mixture import Mixture, MixtureReader
+from moa_train.data.order import mixed_order, sample_key
 from moa_train.data.schema import BadSample, Sample, check_sample
-from moa_train.data.shards import ShardIndex, ShardReader
 from moa_train.data.stages import Pipeline
-
-log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 ENDLESS = 1 << 40
 """What an endless stream gives as its length: Lightning must never see it end; `max_steps` ends the run."""
-BAD_SAMPLE_POLICIES = ("raise", "skip")
-
-_TRIES = 100
-_FEW_SAMPLES = 100
 
 Address = tuple[int, int]
-"""(epoch, sample)"""
+"""(epoch of its set, sample)"""
 
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """All that decides which sample comes when, apart from how the work is shared."""
+    """All that decides which sample comes when, apart from how the work is shared.
 
-    counts: Int64[np.ndarray, " shards"]
+    counts: samples in each shard of each set. shares: samples of each set in an epoch.
+    """
+
+    counts: tuple[np.ndarray, ...]
+    shares: tuple[int, ...]
     seed: int
     window: int
     global_batch: int
@@ -49,21 +47,21 @@ class StreamOrder:
         if self.batches_per_epoch < 1:
             raise ValueError(
                 f"a global batch of {self.global_batch} samples is larger than the data set "
-                f"({int(self.counts.sum())}): lower batch_size, accumulation or the number of ranks"
+                f"({sum(self.shares)}): lower batch_size, accumulation or the number of ranks"
             )
 
     @property
     def batches_per_epoch(self) -> int:
         """B; the samples behind the last whole global batch of an epoch are left out, on all ranks."""
-        return int(self.counts.sum()) // self.global_batch
+        return sum(self.shares) // self.global_batch
 
-    def epoch(self, number: int) -> Int64[np.ndarray, " n"]:
-        """Sample numbers of an epoch in order."""
-        return epoch_order(self.counts, self.seed, number, self.window)
+    def epoch(self, number: int) -> np.ndarray:
+        """The addresses of an epoch in order, one a row."""
+        return np.stack(mixed_order(self.counts, self.shares, self.seed, number, self.window), axis=1)
 
 
 class GlobalBatchSampler:
-    """The micro-batches of one rank, without end: lists of (epoch, sample).
+    """The micro-batches of one rank, without end: lists of addresses.
 
     Args:
         order: what comes when.
@@ -95,12 +93,12 @@ class GlobalBatchSampler:
         size, batches = self.order.global_batch, self.order.batches_per_epoch
         epoch, first = divmod(self.start_step, batches)
         while True:
-            samples = self.order.epoch(epoch)
+            addresses = self.order.epoch(epoch)
             for batch in range(first, batches):
-                mine = samples[batch * size : (batch + 1) * size][self.rank :: self.world].tolist()
+                mine = addresses[batch * size : (batch + 1) * size][self.rank :: self.world].tolist()
                 micro = len(mine) // self.accumulate
                 for start in range(0, len(mine), micro):
-                    yield [(epoch, sample) for sample in mine[start : start + micro]]
+                    yield [(own, sample) for own, sample in mine[start : start + micro]]
             epoch, first = epoch + 1, 0
 
 
@@ -121,56 +119,18 @@ class ValidationSampler:
             yield [(0, sample) for sample in self.samples[start : start + self.batch_size]]
 
 
-class BadSampleGuard:
-    """Counts and logs bad samples (each once); stops the run at the first, or where they are too many.
-
-    Args:
-        policy: "raise" or "skip".
-        max_fraction: of the samples that this worker has read; judged once it has read a hundred.
-    """
-
-    def __init__(self, policy: str = "raise", max_fraction: float = 0.01) -> None:
-        if policy not in BAD_SAMPLE_POLICIES:
-            raise ValueError(f"on_bad_sample is {policy!r}; expected one of {', '.join(BAD_SAMPLE_POLICIES)}")
-        self.policy = policy
-        self.max_fraction = max_fraction
-        self.read = 0
-        self.bad = 0
-        self._logged: set[str] = set()
-
-    def refuse(self, error: Exception) -> None:
-        """Take note of a bad sample.
-
-        Raises:
-            ValueError: by policy, or because too many were bad.
-        """
-        if self.policy == "raise":
-            raise BadSample(f"{error}; moa-data validate lists all such samples, on_bad_sample=skip goes on") from error
-        self.bad += 1
-        if str(error) not in self._logged:
-            self._logged.add(str(error))
-            log.warning("bad sample replaced: %s", error)
-        if self.read >= _FEW_SAMPLES and self.bad > self.max_fraction * self.read:
-            raise ValueError(
-                f"{self.bad} of {self.read} samples were bad, max_bad_fraction is {self.max_fraction}: "
-                f"run moa-data validate; the last one: {error}"
-            ) from error
-
-
 class ExactStream(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of a batch by address (epoch, sample): read, decode, stages.
+    """Rows of a batch by address: read, decode, stages.
 
-    A bad sample is replaced by the next sample number that is sound, never dropped: ranks would part. It keeps its own
+    A bad sample is replaced by the next of its set that is sound, never dropped: ranks would part. It keeps its own
     key, so that its replacement gets other noise than where it stands itself.
     """
 
-    def __init__(
-        self, index: ShardIndex, pipeline: Pipeline, seed: int, guard: BadSampleGuard, open_shards: int = 16
-    ) -> None:
-        self.reader = ShardReader(index, open_shards)
+    def __init__(self, sets: Mixture, pipeline: Pipeline, seed: int, notes: Notes, open_shards: int = 16) -> None:
+        self.reader = MixtureReader(sets, open_shards)
         self.pipeline = pipeline
         self.seed = seed
-        self.guard = guard
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -178,15 +138,16 @@ class ExactStream(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, address: Address) -> dict[str, Any]:
         epoch, sample = address
         key = sample_key(self.seed, epoch, sample)
-        for shift in range(_TRIES):
-            number = (sample + shift) % len(self)
-            self.guard.read += 1
+        for steps in itertools.count():
+            number = self.reader.mixture.following(sample, steps)
             try:
-                stored = self.reader[number]
-                return prepared(self.pipeline, stored, key, number)
+                row = prepared(self.pipeline, self.reader[number], key, number)
             except BadSample as error:
-                self.guard.refuse(error)
-        raise ValueError(f"samples {sample} to {number} are all bad: run moa-data validate")
+                self.notes.refuse(error)
+            else:
+                self.notes.sound()
+                return row
+        raise AssertionError("the count has no end")
 
 
 def prepared(pipeline: Pipeline, stored: Sample, key: int, number: int) -> dict[str, Any]:
@@ -235,7 +196,7 @@ _WHAT_TO_DO = {
     "global_batch": "batch_size x ranks x accumulation: change data.batch_size or trainer.accumulate_grad_batches",
     "seed": "set the seed to what it was",
     "window": "set data.window to what it was",
-    "index_hash": "data.train is not the data that the run began with: give the same shards",
+    "index_hash": "data.train or data.weights is not what the run began with: give the same shards and weights",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from moa_train.data.guard import BadSampleGuard, Loaded, Notes, ReportedBatches, ReportedRows, as_it_is
+from moa_train.data.mixture import Mixture
+from moa_train.data.remote import Patience
 from moa_train.data.sequential import expand_shards, resume_shard, sequential_batches
 from moa_train.data.shards import ShardIndex
-from moa_train.data.stages import Pipeline, collate
+from moa_train.data.stages import Pipeline
+from moa_train.data.storage import Cache
 from moa_train.data.stream import (
     STATE_VERSION,
-    BadSampleGuard,
     ExactStream,
     GlobalBatchSampler,
     StreamOrder,
@@ -27,7 +31,19 @@ STREAMS = ("exact", "sequential")
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that Lightning takes as resumable. The position is the DataModule's; the loader itself has no state."""
+    """Batches, once a guard has seen what was noted with them.
+
+    Lightning takes it as resumable. The position is the DataModule's; the loader itself has no state.
+    """
+
+    def __init__(self, dataset: Any, guard: BadSampleGuard, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.guard = guard
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        loaded: Loaded
+        for loaded in super().__iter__():
+            yield self.guard.take(loaded)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -44,8 +60,9 @@ class MoADataModule(pl.LightningDataModule):
     same samples at every step. There are no epochs: the trainer's `max_steps` ends the run.
 
     Args:
-        train, validation: folders of one split each (or URLs); with `stream="sequential"`, `train` may be a glob or
-            brace list of shards. `validation` None: no validation.
+        train: folder of one split, or its URL, or a list of them; with `stream="sequential"` also globs or brace lists
+            of shards.
+        validation: folder of one split, or its URL; None: no validation.
         tokenizer: the prior's CLIP tokenizer.
         resolution: side of the pictures, pixels.
         subject_size: side of a subject's picture, pixels: the image encoder's input.
@@ -57,11 +74,13 @@ class MoADataModule(pl.LightningDataModule):
         shuffle_buffer: samples among which the next is drawn (sequential).
         shard_samples: about how many samples a shard holds (sequential; a resume counts shards by it).
         num_workers, prefetch_factor: processes that prepare batches, and batches each prepares ahead.
-        crop, flip_probability, unconditional_probability, keep_probability, augment_subject, background, latents:
-            see `moa_train.data.stages.Pipeline`.
+        crop, zoom, pad, hold_subjects, flip_probability, unconditional_probability, keep_probability, min_subject_area,
+            augment_subject, augmentation, background, latents: see `moa_train.data.stages.Pipeline`.
         on_bad_sample: "raise", or "skip": replace it.
         max_bad_fraction: of the samples read, before skipping stops the run.
-        cache: local folder for remote shards.
+        weights: how many samples of each of several sets are drawn, relative to the others; None: as many as it has.
+        cache, cache_gigabytes: local folder for remote shards, and its bound (10^9 bytes; None: no bound).
+        fetch_tries, fetch_timeout: see `moa_train.data.remote.Patience`.
 
     Raises:
         ValueError: a value outside its domain.
@@ -69,7 +88,7 @@ class MoADataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Path,
+        train: str | Path | Sequence[str | Path],
         validation: str | Path | None,
         tokenizer: Any,
         resolution: int,
@@ -93,13 +112,26 @@ class MoADataModule(pl.LightningDataModule):
         on_bad_sample: str = "raise",
         max_bad_fraction: float = 0.01,
         cache: str | Path | None = None,
+        cache_gigabytes: float | None = 100.0,
+        fetch_tries: int = 5,
+        fetch_timeout: float = 60.0,
+        weights: Sequence[float | int] | None = None,
+        zoom: Sequence[float] = (1.0, 1.0),
+        pad: str = "none",
+        hold_subjects: bool = False,
+        min_subject_area: float = 0.0,
+        augmentation: str = "light",
     ) -> None:
         super().__init__()
         if stream not in STREAMS:
             raise ValueError(f"stream is {stream!r}; expected one of {', '.join(STREAMS)}")
         if stream == "sequential" and not shard_samples:
             raise ValueError("stream=sequential needs shard_samples, about how many samples a shard holds")
-        self.train, self.validation, self.cache = train, validation, cache
+        self.train = [train] if isinstance(train, (str, Path)) else list(train)
+        if stream == "sequential" and weights is not None:
+            raise ValueError("data.weights needs stream=exact: the sequential stream takes shards as they come")
+        self.weights, self.validation = weights, validation
+        self.cache = Cache.at(cache, cache_gigabytes, Patience(fetch_tries, fetch_timeout))
         self.pipeline = Pipeline(
             tokenizer=tokenizer,
             resolution=resolution,
@@ -112,15 +144,20 @@ class MoADataModule(pl.LightningDataModule):
             augment_subject=augment_subject,
             background=background,
             latents=latents,
+            zoom=tuple(zoom),  # type: ignore[arg-type]  # its length is checked there
+            pad=pad,
+            hold_subjects=hold_subjects,
+            min_subject_area=min_subject_area,
+            augmentation=augmentation,
         )
         self.batch_size, self.seed, self.stream, self.window = batch_size, seed, stream, window
         self.shuffle_buffer, self.shard_samples = shuffle_buffer, shard_samples or 0
         self.on_bad_sample, self.max_bad_fraction = on_bad_sample, max_bad_fraction
-        self._guard()  # refuses a wrong policy now, not in a worker
+        self._notes(), BadSampleGuard(max_bad_fraction)  # refuse wrong values now, not in a worker
         self._loading: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
         if num_workers:
             self._loading["prefetch_factor"] = prefetch_factor
-        self._index: ShardIndex | None = None
+        self._sets: Mixture | None = None
         self._resumed: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------------------------------------------- loaders
@@ -133,37 +170,41 @@ class MoADataModule(pl.LightningDataModule):
         step = self._start_step()
         if self.stream == "sequential":
             return self._sequential_loader(step)
-        order, index = self._order(), self._train_index()
-        stream = ExactStream(index, self.pipeline, self.seed, self._guard(), self.window)
-        sampler = GlobalBatchSampler(order, self._rank, self._world, self._accumulate, step)
-        return self._loader(stream, batch_sampler=sampler, collate_fn=collate)
+        sampler = GlobalBatchSampler(self._order(), self._rank, self._world, self._accumulate, step)
+        return self._rows_loader(self._train_sets(), self.pipeline, sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation split in stored order, without any random choice."""
         if self.validation is None:
             return []
-        index = ShardIndex.load(self.validation, self.cache)
-        stream = ExactStream(index, self.pipeline.without_chance(), self.seed, self._guard(), self.window)
-        sampler = ValidationSampler(len(index), self.batch_size, self._rank, self._world)
-        return self._loader(stream, batch_sampler=sampler, collate_fn=collate)
+        sets = Mixture([ShardIndex.load(self.validation, self.cache)])
+        sampler = ValidationSampler(len(sets), self.batch_size, self._rank, self._world)
+        return self._rows_loader(sets, self.pipeline.without_chance(), sampler)
+
+    def _rows_loader(self, sets: Mixture, pipeline: Pipeline, sampler: Any) -> DataLoader[Any]:
+        notes = self._notes()
+        rows = ReportedRows(ExactStream(sets, pipeline, self.seed, notes, self.window), notes)
+        return self._loader(rows, batch_sampler=sampler, collate_fn=as_it_is)
 
     def _sequential_loader(self, step: int) -> DataLoader[Any]:
+        notes = self._notes()
         batches = sequential_batches(
-            expand_shards(str(self.train)),
+            [shard for pattern in self.train for shard in expand_shards(str(pattern))],
             self.pipeline,
             self.batch_size,
             seed=self.seed,
-            guard=self._guard(),
+            notes=notes,
             shuffle_buffer=self.shuffle_buffer,
             start_shard=resume_shard(step, self._global_batch, self.shard_samples),
             rank=self._rank,
             world=self._world,
         )
-        return self._loader(batches, batch_size=None)
+        return self._loader(ReportedBatches(batches, notes), batch_size=None)
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return ResumableLoader(dataset, pin_memory=on_gpu, **options, **self._loading)
+        guard = BadSampleGuard(self.max_bad_fraction)
+        return ResumableLoader(dataset, guard, pin_memory=on_gpu, **options, **self._loading)
 
     # -------------------------------------------------------------------------------------------------------- position
     def state_dict(self) -> dict[str, Any]:
@@ -183,14 +224,13 @@ class MoADataModule(pl.LightningDataModule):
         return StreamState(**self._resumed).step(self._order())
 
     def _state(self, step: int) -> dict[str, Any]:
-        if self.stream == "sequential":
-            done = step * self._global_batch
-            return asdict(
-                StreamState(
-                    STATE_VERSION, "sequential", 0, done, self._global_batch, self.seed, self.window, str(self.train)
-                )
-            )
-        return asdict(StreamState.at(step, self._order(), self._train_index().hash))
+        if self.stream == "exact":
+            return asdict(StreamState.at(step, self._order(), self._train_sets().hash))
+        told = " ".join(map(str, self.train))
+        done = step * self._global_batch
+        return asdict(
+            StreamState(STATE_VERSION, "sequential", 0, done, self._global_batch, self.seed, self.window, told)
+        )
 
     # ----------------------------------------------------------------------------------------------------------- parts
     @property
@@ -210,12 +250,31 @@ class MoADataModule(pl.LightningDataModule):
         return self.batch_size * self._world * self._accumulate
 
     def _order(self) -> StreamOrder:
-        return StreamOrder(self._train_index().counts, self.seed, self.window, self._global_batch)
+        sets = self._train_sets()
+        return StreamOrder(sets.counts, sets.shares, self.seed, self.window, self._global_batch)
 
-    def _train_index(self) -> ShardIndex:
-        if self._index is None:
-            self._index = ShardIndex.load(self.train, self.cache)
-        return self._index
+    def _train_sets(self) -> Mixture:
+        if self._sets is None:
+            indexes = [ShardIndex.load(folder, self.cache) for folder in self.train]
+            self._sets = Mixture(indexes, self.weights)
+            refuse_small_cache(self.cache, indexes, self.window)
+        return self._sets
 
-    def _guard(self) -> BadSampleGuard:
-        return BadSampleGuard(self.on_bad_sample, self.max_bad_fraction)
+    def _notes(self) -> Notes:
+        return Notes(self.on_bad_sample)
+
+
+def refuse_small_cache(cache: Cache, indexes: Sequence[ShardIndex], window: int) -> None:
+    """Refuse a cache that cannot hold the remote shards in use at once: each would be fetched again and again.
+
+    Raises:
+        ValueError: says how much is needed.
+    """
+    remote = [index for index in indexes if index.storage.remote]
+    largest = (sorted((shard.bytes for shard in index.shards), reverse=True)[:window] for index in remote)
+    needed = sum(map(sum, largest)) / 1e9
+    if cache.gigabytes is not None and cache.gigabytes < needed:
+        raise ValueError(
+            f"data.cache_gigabytes is {cache.gigabytes:g}, but data.window={window} keeps up to {needed:.3g} GB of "
+            "shards in use: give a larger cache or a smaller window"
+        )
