@@ -16,13 +16,15 @@ def _scene(background_seed):
     return image, mask
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augmentation", [None, "light", "fastcomposer"])
 @pytest.mark.parametrize("background", ["noise", "grey"])
 @pytest.mark.parametrize("size", [8, 24, 100])
-def test_no_background_pixel_has_an_influence(augment, background, size):
-    for seed in range(5):
+def test_no_background_pixel_has_an_influence(augmentation, background, size):
+    augment = augmentation is not None
+    for seed in range(8):
         one, other = (
-            cut_out(*_scene(scene), size, np.random.default_rng(seed), background, augment) for scene in (1, 2)
+            cut_out(*_scene(scene), size, np.random.default_rng(seed), background, augment, augmentation or "light")
+            for scene in (1, 2)
         )
         np.testing.assert_array_equal(one, other)
 
@@ -52,11 +54,12 @@ def test_noise_is_uniform_and_the_generators():
 
 
 def test_values_are_float32_in_the_unit_interval():
-    picture = cut_out(*_scene(0), 33, np.random.default_rng(0), augment=True)
-    assert picture.dtype == np.float32
-    assert picture.shape == (3, 33, 33)
-    assert picture.min() >= 0
-    assert picture.max() <= 1
+    for seed, augmentation in ((0, "light"), *((seed, "fastcomposer") for seed in range(20))):
+        picture = cut_out(*_scene(0), 33, np.random.default_rng(seed), augment=True, augmentation=augmentation)
+        assert picture.dtype == np.float32
+        assert picture.shape == (3, 33, 33)
+        assert picture.min() >= 0
+        assert picture.max() <= 1
 
 
 def test_augmentation_moves_the_subject_but_keeps_it_in_the_picture():
@@ -85,9 +88,49 @@ def test_about_half_of_the_augmented_pictures_are_mirrored():
     assert 70 < sum(lefts) < 130
 
 
+def _shares(picture, properties, draws=400):
+    """How often each property holds of a subject's picture under FastComposer's augmentation."""
+    mask = np.ones(picture.shape[:2], dtype=bool)
+    made = [
+        cut_out(picture, mask, 40, np.random.default_rng([s, 0]), "grey", True, "fastcomposer") for s in range(draws)
+    ]
+    return [float(np.mean([holds(each) for each in made])) for holds in properties]
+
+
+def test_fastcomposers_changes_come_with_its_probabilities():
+    """Shares within four standard deviations."""
+    colours = np.zeros((40, 40, 3), np.uint8)
+    colours[:, :20], colours[:, 20:] = (200, 30, 30), (30, 30, 200)
+    (grey,) = _shares(colours, (lambda x: np.ptp(x, axis=0).max() < 0.01,))
+    assert abs(grey - 0.1) < 0.06
+    strip = np.full(
+        (80, 20, 3), 255, np.uint8
+    )  # shown whole, it leaves background beside it; its upper square does not
+    (square,) = _shares(strip, (lambda x: abs(x[:, 20, 6].mean() - x[:, 20, 20].mean()) < 0.05,))
+    assert abs(square - 0.5) < 0.1
+    wide = np.zeros((40, 40, 3), np.uint8)
+    wide[:, :20] = 255
+    (mirrored,) = _shares(wide, (lambda x: x[:, 20, 30:36].mean() > x[:, 20, 4:10].mean(),))
+    assert abs(mirrored - 0.5) < 0.1
+    full = np.full((40, 40, 3), 255, np.uint8)
+    (turned,) = _shares(full, (lambda x: x[:, 1, 1].mean() < 0.9 * x[:, 20, 20].mean(),))
+    assert 0.6 < turned < 0.85
+
+
+def test_fastcomposers_turn_uncovers_the_background_and_nothing_else():
+    """White on grey with colours left alone by their own symmetry: no pixel is black, as it is where a turn pads."""
+    white = np.full((40, 40, 3), 255, np.uint8)
+    mask = np.ones((40, 40), dtype=bool)
+    for seed in range(60):
+        picture = cut_out(white, mask, 40, np.random.default_rng([seed, 1]), "grey", True, "fastcomposer")
+        assert picture[:, 4:-4, 4:-4].min() > 0.1
+
+
 def test_an_empty_mask_and_an_unknown_background_are_refused():
     image, mask = _scene(0)
     with pytest.raises(ValueError, match="mask is empty"):
         cut_out(image, np.zeros_like(mask), 8, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="augmentation is 'heavy'"):
+        cut_out(image, mask, 8, np.random.default_rng(0), augmentation="heavy")
     with pytest.raises(ValueError, match="background is 'black'"):
         cut_out(image, mask, 8, np.random.default_rng(0), "black")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from moa_train.data.geometry import Flip, Resize
 from moa_train.data.schema import Sample, Segment, bounding_box
-from moa_train.data.stages import ChooseSubjects, Flip, Pipeline, Resize, collate, stage_rng
+from moa_train.data.stages import ChooseSubjects, Pipeline, collate, stage_rng
 from moa_train.symbols import Batch
 
 
@@ -118,6 +119,29 @@ def test_of_subjects_that_share_a_noun_the_largest_is_named():
     assert [s.id for s in ChooseSubjects(9, 0.0, 1.0)(shared, _rng()).segments] == [3, 1]
 
 
+def test_subjects_below_the_smallest_area_are_not_named():
+    sample = _crowd(4)  # of 8 x 16 pixels
+    labels = sample.labels.copy()
+    labels[4:, 0:4] = 0  # subject 1 keeps 16 of 128 pixels, an eighth; the others a quarter
+    view = replace(sample, labels=labels)
+    for smallest, named in ((0.0, [4, 3, 2, 1]), (0.125, [4, 3, 2, 1]), (0.126, [4, 3, 2]), (0.26, [])):
+        assert [s.id for s in ChooseSubjects(9, 0.0, 1.0, smallest)(view, _rng()).segments] == named
+
+
+def test_the_smallest_area_counts_in_the_crop_and_moves_no_other_draw(tokenizer, make_sample):
+    image, labels = np.zeros((16, 64, 3), np.uint8), np.zeros((16, 64), np.uint8)
+    labels[:, :24], labels[4:8, 30:34] = 1, 2  # subject 1 is outside the centre crop 24:40; 2 is 16 of its 256 pixels
+    sample = replace(make_sample(0), image=image, labels=labels)
+    for smallest, named in ((0.0, [True, False]), (16 / 256, [True, False]), (17 / 256, [False, False])):
+        row = _pipeline(tokenizer, max_subjects=2, min_subject_area=smallest, flip_probability=0.0)(sample, 3, 0)
+        assert row["subject_present"].tolist() == named
+    for key in range(20):
+        plain = _pipeline(tokenizer, keep_probability=0.5)(make_sample(0), key, 0)
+        filtered = _pipeline(tokenizer, keep_probability=0.5, min_subject_area=0.01)(make_sample(0), key, 0)
+        assert plain["caption"] == filtered["caption"]
+        assert torch.equal(plain["subject_pixels"], filtered["subject_pixels"])
+
+
 def _pipeline(tokenizer, **changes):
     settings = {"resolution": 16, "subject_size": 12, "max_subjects": 3, "unconditional_probability": 0.0}
     return Pipeline(tokenizer, **{**settings, "keep_probability": 1.0, **changes})
@@ -183,11 +207,14 @@ def test_an_option_of_one_stage_does_not_move_the_numbers_of_another(tokenizer, 
         plain = _pipeline(tokenizer)(make_sample(0), key, 0)
         changed = _pipeline(tokenizer, crop="random", augment_subject=True)(make_sample(0), key, 0)
         assert torch.equal(plain["pixels"], changed["pixels"])
+        zoomed = _pipeline(tokenizer, zoom=(1.0, 1.5), hold_subjects=True, pad="all")(make_sample(0), key, 0)
+        for name in ("caption", "subject_pixels", "token_ids"):
+            assert torch.equal(plain[name], zoomed[name]) if name != "caption" else plain[name] == zoomed[name]
 
 
 def test_without_chance_keys_change_nothing_but_the_noise(tokenizer, make_sample):
     pipeline = _pipeline(
-        tokenizer, unconditional_probability=0.5, keep_probability=0.5, background="grey"
+        tokenizer, unconditional_probability=0.5, keep_probability=0.5, background="grey", zoom=(1.0, 2.0)
     ).without_chance()
     rows = [pipeline(make_sample(0), key, 0) for key in range(20)]
     for row in rows[1:]:
@@ -226,8 +253,14 @@ def test_stored_latents_reach_the_batch(tokenizer, make_sample):
         ({"keep_probability": 2.0}, "keep_probability is 2.0"),
         ({"max_subjects": 0}, "max_subjects is 0"),
         ({"max_subjects": 10}, "max_subjects is 10"),
-        ({"crop": "left"}, "crop is 'left'; expected one of random, centre"),
+        ({"crop": "left"}, "crop is 'left'; expected one of centre, random"),
         ({"background": "black"}, "background is 'black'"),
+        ({"pad": "wide"}, "pad is 'wide'; expected one of none, tall, all"),
+        ({"augmentation": "heavy"}, "augmentation is 'heavy'; expected one of light, fastcomposer"),
+        ({"min_subject_area": 2.0}, "min_subject_area is 2.0"),
+        ({"zoom": (0.5, 1.0)}, r"zoom is \[0.5, 1.0\]; expected smallest and largest factor"),
+        ({"zoom": (1.5, 1.0)}, r"zoom is \[1.5, 1.0\]"),
+        ({"zoom": (1.0,)}, r"zoom is \[1.0\]"),
     ],
 )
 def test_values_outside_their_domain_are_refused(tokenizer, changes, told):

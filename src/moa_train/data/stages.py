@@ -12,64 +12,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from moa_train.data.cutout import BACKGROUNDS, cut_out
+from moa_train.data.cutout import AUGMENTATIONS, BACKGROUNDS, cut_out
+from moa_train.data.geometry import CROPS, PADS, Flip, Resize
 from moa_train.data.schema import BadSample, Sample, Segment, bounding_box
 from moa_train.prompts import mark_prompt, parse_prompt, tokenize
 from moa_train.symbols import Batch
-
-CROPS = ("random", "centre")
-
-
-@dataclass(frozen=True)
-class Resize:
-    """The largest square of the picture, resized: the short side becomes `resolution` pixels.
-
-    crop: "random" or "centre": where along the long side the square lies. Labels follow by nearest neighbour.
-    """
-
-    resolution: int
-    crop: str = "centre"
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = sample.labels.shape
-        side = min(height, width)
-        place = rng.random() if self.crop == "random" else 0.5
-        top, left = int((height - side) * place), int((width - side) * place)
-        if (height, width) == (self.resolution, self.resolution):
-            return sample
-        size, box = (self.resolution, self.resolution), (left, top, left + side, top + side)
-        image = Image.fromarray(sample.image).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=1.0)
-        steps = ((np.arange(self.resolution) + 0.5) * side / self.resolution).astype(np.int64)
-        labels = sample.labels[(top + steps)[:, None], left + steps]
-        return replace(sample, image=np.asarray(image), labels=labels)
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Mirror picture and labels with a probability."""
-
-    probability: float
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.probability:
-            return sample
-        return replace(sample, image=sample.image[:, ::-1], labels=sample.labels[:, ::-1])
 
 
 @dataclass(frozen=True)
 class ChooseSubjects:
     """Which subjects the prompt names; boxes and areas are those of the cropped picture.
 
-    With probability `unconditional` none, and no caption. Else subjects outside the crop are dropped, of those that
-    share a noun the largest stays, each is kept with probability `keep`, and a random `maximum` of them where there are
-    more. They are sorted by their nouns' places in the caption.
+    With probability `unconditional` none, and no caption. Else subjects are dropped that lie outside the crop or cover
+    less than `smallest` of it (a fraction of its pixels); of those that share a noun the largest stays, each is kept
+    with probability `keep`, and a random `maximum` of them where there are more. They are sorted by their nouns' places
+    in the caption.
     """
 
     maximum: int
     unconditional: float = 0.1
     keep: float = 0.9
+    smallest: float = 0.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() < self.unconditional:
@@ -78,7 +42,8 @@ class ChooseSubjects:
         inside = [measured(segment, sample.labels) for segment in sample.segments]
         largest: dict[int, Segment] = {}
         for segment in sorted((segment for segment in inside if segment is not None), key=lambda s: s.area):
-            largest[segment.end] = segment
+            if segment.area >= self.smallest * sample.labels.size:
+                largest[segment.end] = segment
         ids = {segment.id for segment, keep in zip(sample.segments, kept, strict=True) if keep}
         segments = [largest[end] for end in sorted(largest) if largest[end].id in ids]
         if len(segments) > self.maximum:
@@ -102,8 +67,9 @@ class Pipeline:
         resolution: side of the picture in pixels.
         subject_size: side of a subject's picture in pixels, the image encoder's input.
         max_subjects: subject slots of a row.
-        crop, flip_probability, unconditional_probability, keep_probability: see the stages.
-        augment_subject, background: see `cut_out`.
+        crop, zoom, pad, hold_subjects: see `moa_train.data.geometry.Resize`.
+        flip_probability, unconditional_probability, keep_probability, min_subject_area: see the stages.
+        augment_subject, augmentation, background: see `cut_out`.
         latents: hand on the stored latents; they fit the unflipped centre crop, so nothing else is allowed.
 
     Raises:
@@ -121,16 +87,24 @@ class Pipeline:
     augment_subject: bool = False
     background: str = "noise"
     latents: bool = False
+    zoom: tuple[float, ...] = (1.0, 1.0)
+    pad: str = "none"
+    hold_subjects: bool = False
+    min_subject_area: float = 0.0
+    augmentation: str = "light"
 
     def __post_init__(self) -> None:
-        for name in ("flip_probability", "unconditional_probability", "keep_probability"):
+        for name in ("flip_probability", "unconditional_probability", "keep_probability", "min_subject_area"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
         if not 1 <= self.max_subjects <= 9:
             raise ValueError(f"max_subjects is {self.max_subjects}; expected 1 to 9 (markers have one digit)")
-        for name, options in (("crop", CROPS), ("background", BACKGROUNDS)):
+        options_of = {"crop": CROPS, "background": BACKGROUNDS, "pad": PADS, "augmentation": AUGMENTATIONS}
+        for name, options in options_of.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}")
+        if len(self.zoom) != 2 or not 1.0 <= self.zoom[0] <= self.zoom[1]:
+            raise ValueError(f"zoom is {list(self.zoom)}; expected smallest and largest factor, at least 1: [1.0, 1.3]")
         if self.latents and (self.crop != "centre" or self.flip_probability > 0):
             raise ValueError("stored latents fit the unflipped centre crop: set crop=centre and flip_probability=0")
 
@@ -139,17 +113,25 @@ class Pipeline:
         return replace(
             self,
             crop="centre",
+            zoom=(1.0, 1.0),
             flip_probability=0.0,
             unconditional_probability=0.0,
             keep_probability=1.0,
             augment_subject=False,
         )
 
+    @property
+    def resize(self) -> Resize:
+        """The stage that chooses and resizes the square."""
+        return Resize(self.resolution, self.crop, self.zoom, self.pad, self.hold_subjects)
+
     def __call__(self, stored: Sample, key: int, number: int) -> dict[str, Any]:
         """One row, the fields of `Batch`. `number`: the sample's index, as the batch reports it."""
-        view = Resize(self.resolution, self.crop)(stored, stage_rng(key, 0))
+        view = self.resize(stored, stage_rng(key, 0))
         view = Flip(self.flip_probability)(view, stage_rng(key, 1))
-        choose = ChooseSubjects(self.max_subjects, self.unconditional_probability, self.keep_probability)
+        choose = ChooseSubjects(
+            self.max_subjects, self.unconditional_probability, self.keep_probability, self.min_subject_area
+        )
         view = choose(view, stage_rng(key, 2))
         row = self._prompt(view) | self._subjects(stored, view, key)
         row |= {"pixels": _pixels(view.image), "key": key, "sample": number}
@@ -177,7 +159,9 @@ class Pipeline:
             masks[slot] = torch.from_numpy(view.labels == segment.id)
             rng = stage_rng(key, 3 + slot)
             mask = stored.labels == segment.id
-            picture = cut_out(stored.image, mask, self.subject_size, rng, self.background, self.augment_subject)
+            picture = cut_out(
+                stored.image, mask, self.subject_size, rng, self.background, self.augment_subject, self.augmentation
+            )
             pictures[slot] = torch.from_numpy(picture)
         return {"subject_masks": masks, "subject_pixels": pictures}
 

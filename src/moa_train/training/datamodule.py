@@ -144,7 +144,7 @@ class MoADataModule(pl.LightningDataModule):
             augment_subject=augment_subject,
             background=background,
             latents=latents,
-            zoom=tuple(zoom),  # type: ignore[arg-type]  # its length is checked there
+            zoom=tuple(zoom),
             pad=pad,
             hold_subjects=hold_subjects,
             min_subject_area=min_subject_area,
