@@ -1,5 +1,6 @@
 """A run resumed anywhere sees the samples it would have seen; what would change the order is refused."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -75,8 +76,9 @@ def data(tmp_path_factory):
 
 def _datamodule(data, **changes):
     settings = {"batch_size": 4, "max_subjects": 2, "window": 2, "num_workers": 0, "seed": 7, **changes}
+    train = settings.pop("train", data / "train")
     return MoADataModule(
-        data / "train", data / "validation", tokenizer=WordTokenizer(), resolution=16, subject_size=8, **settings
+        train, data / "validation", tokenizer=WordTokenizer(), resolution=16, subject_size=8, **settings
     )
 
 
@@ -205,8 +207,117 @@ def test_sequential_training_runs_and_resumes_at_a_shard(data, tmp_path, caplog)
         ({"stream": "sequential"}, "needs shard_samples"),
         ({"on_bad_sample": "drop"}, "on_bad_sample is 'drop'"),
         ({"crop": "left"}, "crop is 'left'"),
+        ({"max_bad_fraction": 2.0}, "max_bad_fraction is 2.0"),
+        ({"fetch_tries": 0}, "fetch_tries is 0"),
+        ({"stream": "sequential", "shard_samples": 5, "weights": [1.0]}, "weights needs stream=exact"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(data, changes, told):
     with pytest.raises(ValueError, match=told):
         _datamodule(data, **changes)
+
+
+def _attached(data, ranks=1, rank=0, accumulate=1, step=0, **changes):
+    """A data module as a trainer of that rank holds it; the global batch is 8."""
+    datamodule = _datamodule(data, batch_size=8 // (ranks * accumulate), **changes)
+    datamodule.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=ranks,
+        accumulate_grad_batches=accumulate,
+        global_step=step,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    return datamodule
+
+
+def _global_batches(data, ranks, accumulate, count, state=None, **changes):
+    """The addresses of global batches, put together from what every rank is about to read."""
+    shares = []
+    for rank in range(ranks):
+        datamodule = _attached(data, ranks, rank, accumulate, **changes)
+        if state is not None:
+            datamodule.load_state_dict(state)
+        micro = itertools.islice(datamodule.train_dataloader().batch_sampler, count * accumulate)
+        shares.append(list(itertools.chain(*micro)))
+    merged = [address for together in zip(*shares, strict=True) for address in together]
+    return [merged[i : i + 8] for i in range(0, len(merged), 8)]
+
+
+WAYS = [
+    {"ranks": ranks, "accumulate": accumulate, "num_workers": workers}
+    for ranks in (1, 2, 4)
+    for accumulate in (1, 2)
+    for workers in (0, 2)
+]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_stopped_anywhere_goes_on_in_any_other_way_with_exactly_the_next_sample(data, mixed):
+    changes = {"train": [data / "train", data / "validation"], "weights": [1, 2]} if mixed else {}
+    whole = _global_batches(data, 1, 1, 9, **changes)
+    for way in WAYS:
+        assert _global_batches(data, count=9, **way, **changes) == whole
+    for step in range(1, 8):
+        states = [_attached(data, step=step, **way, **changes).state_dict() for way in WAYS]
+        assert all(state == states[0] for state in states)
+        for way in WAYS:
+            assert _global_batches(data, count=9 - step, state=states[0], **way, **changes) == whole[step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_trains_and_resumes_with_exactly_the_rest(data, tmp_path, workers):
+    changes = {"train": [data / "train", data / "validation"], "weights": [1, 2], "num_workers": workers}
+    whole = _fit(_datamodule(data, **changes), 9, callbacks=[SaveEveryStep(tmp_path)])
+    resumed = _fit(_datamodule(data, **changes), 9, ckpt=tmp_path / "4.ckpt")
+    assert resumed.seen == whole.seen[4:]
+    assert resumed.colours == whole.colours[4:]
+    drawn = [sample >= 22 for batch in whole.seen[:6] for sample in batch]
+    assert sum(drawn) == pytest.approx(16, abs=2)  # two thirds of 24 samples come from the second set
+    with pytest.raises(ValueError, match=r"index_hash was .*data\.weights is not what the run began with"):
+        _fit(_datamodule(data, **{**changes, "weights": [1, 1]}), 9, ckpt=tmp_path / "4.ckpt")
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """A set whose samples 0 and 6 cannot be read."""
+    index = write_shards(ToyScenes("train", 22, people=9, size=16), tmp_path, "train", shard_bytes=20_000)
+    for number in (0, 6):
+        row = index.members[number]
+        path = tmp_path / "train" / index.shards[row["shard"]].name
+        content = bytearray(path.read_bytes())
+        content[int(row["image_offset"]) - 512 + 150] ^= 1  # in the checksum of the picture's header
+        path.write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_counted_and_logged_once_in_training(spoiled, caplog, workers):
+    settings = {"train": spoiled / "train", "num_workers": workers, "on_bad_sample": "skip", "max_bad_fraction": 0.5}
+    datamodule = _datamodule(spoiled, **settings)
+    seen = _fit(datamodule, 12).seen
+    order = datamodule._order()
+    expected = [order.epoch(epoch)[4 * k : 4 * k + 4, 1].tolist() for epoch in range(3) for k in range(5)][:12]
+    assert seen == [[{0: 1, 6: 7}.get(sample, sample) for sample in batch] for batch in expected]
+    met = sum(sample in (0, 6) for batch in expected for sample in batch)
+    logged = [record.message for record in caplog.records if record.name.startswith("moa_train")]
+    assert [sum(f"sample {n}:" in line for line in logged) for n in (0, 6)] == [1, 1]
+    assert logged[-1] == f"{met} of {48 + met} samples read were bad and skipped"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_end_training(spoiled, workers):
+    settings = {"train": spoiled / "train", "num_workers": workers, "on_bad_sample": "skip", "max_bad_fraction": 0.01}
+    with pytest.raises(ValueError, match=r"^\d+ of 1\d\d samples were bad, max_bad_fraction is 0.01: [^\n]*$"):
+        _fit(_datamodule(spoiled, **settings), 40)
+
+
+def test_a_cache_smaller_than_what_is_in_use_is_refused(data):
+    settings = {"train": f"file://{data}/train", "window": 2, "cache_gigabytes": 0.00001}
+    with pytest.raises(ValueError, match=r"cache_gigabytes is 1e-05, but data.window=2 keeps up to .* GB"):
+        _fit(_datamodule(data, **settings), 1)
+
+
+def test_training_from_a_url_goes_through_the_bounded_cache(whole, data, tmp_path):
+    settings = {"train": f"file://{data}/train", "cache": tmp_path, "cache_gigabytes": 0.00007}
+    assert _fit(_datamodule(data, **settings), 12).seen == whole[0].seen
+    assert 0 < len(list(tmp_path.glob("*.tar"))) < len(list((data / "train").glob("*.tar")))

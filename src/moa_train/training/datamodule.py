@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ from moa_train.data.stream import (
     ValidationSampler,
     refuse_changed_state,
 )
+
+log = logging.getLogger(__name__)
 
 STREAMS = ("exact", "sequential")
 
@@ -153,7 +156,8 @@ class MoADataModule(pl.LightningDataModule):
         self.batch_size, self.seed, self.stream, self.window = batch_size, seed, stream, window
         self.shuffle_buffer, self.shard_samples = shuffle_buffer, shard_samples or 0
         self.on_bad_sample, self.max_bad_fraction = on_bad_sample, max_bad_fraction
-        self._notes(), BadSampleGuard(max_bad_fraction)  # refuse wrong values now, not in a worker
+        self._notes()  # refuses a wrong policy now, not in a worker
+        self._train_guard = BadSampleGuard(max_bad_fraction)
         self._loading: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
         if num_workers:
             self._loading["prefetch_factor"] = prefetch_factor
@@ -171,7 +175,7 @@ class MoADataModule(pl.LightningDataModule):
         if self.stream == "sequential":
             return self._sequential_loader(step)
         sampler = GlobalBatchSampler(self._order(), self._rank, self._world, self._accumulate, step)
-        return self._rows_loader(self._train_sets(), self.pipeline, sampler)
+        return self._rows_loader(self._train_sets(), self.pipeline, sampler, self._train_guard)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation split in stored order, without any random choice."""
@@ -179,12 +183,12 @@ class MoADataModule(pl.LightningDataModule):
             return []
         sets = Mixture([ShardIndex.load(self.validation, self.cache)])
         sampler = ValidationSampler(len(sets), self.batch_size, self._rank, self._world)
-        return self._rows_loader(sets, self.pipeline.without_chance(), sampler)
+        return self._rows_loader(sets, self.pipeline.without_chance(), sampler, BadSampleGuard(self.max_bad_fraction))
 
-    def _rows_loader(self, sets: Mixture, pipeline: Pipeline, sampler: Any) -> DataLoader[Any]:
+    def _rows_loader(self, sets: Mixture, pipeline: Pipeline, sampler: Any, guard: BadSampleGuard) -> DataLoader[Any]:
         notes = self._notes()
         rows = ReportedRows(ExactStream(sets, pipeline, self.seed, notes, self.window), notes)
-        return self._loader(rows, batch_sampler=sampler, collate_fn=as_it_is)
+        return self._loader(rows, guard, batch_sampler=sampler, collate_fn=as_it_is)
 
     def _sequential_loader(self, step: int) -> DataLoader[Any]:
         notes = self._notes()
@@ -199,12 +203,17 @@ class MoADataModule(pl.LightningDataModule):
             rank=self._rank,
             world=self._world,
         )
-        return self._loader(ReportedBatches(batches, notes), batch_size=None)
+        return self._loader(ReportedBatches(batches, notes), self._train_guard, batch_size=None)
 
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, guard: BadSampleGuard, **options: Any) -> DataLoader[Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        guard = BadSampleGuard(self.max_bad_fraction)
         return ResumableLoader(dataset, guard, pin_memory=on_gpu, **options, **self._loading)
+
+    def teardown(self, stage: str) -> None:
+        """Say how many samples were bad."""
+        guard = self._train_guard
+        if guard.bad:
+            log.warning("%d of %d samples read were bad and skipped", guard.bad, guard.read)
 
     # -------------------------------------------------------------------------------------------------------- position
     def state_dict(self) -> dict[str, Any]:
