@@ -34,9 +34,9 @@ def test_a_mask_is_what_is_brighter_than_half_its_maximum(photo, brightest):
 
 
 def test_a_photo_without_mask_is_segmented_by_the_offline_segmenter(photo, monkeypatch):
-    from moa_train.data.sources import photos
+    from moa_train.data.sources import grabcut
 
-    monkeypatch.setattr(photos, "segment_person", lambda image: photo[1])
+    monkeypatch.setattr(grabcut, "segment_person", lambda image: photo[1])
     assert torch.equal(subject_pixels(photo[0], 16), subject_pixels(photo, 16))
 
 

@@ -25,6 +25,14 @@ class Remark:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+class LeftOut(Exception):
+    """Raised inside a source: this one cannot be used."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(reason, detail)
+        self.remark = Remark(reason, str(detail))
+
+
 @dataclass(frozen=True)
 class Item:
     """What a source makes of one number, with remarks.

@@ -104,7 +104,7 @@ def _found_mask(picture: Image.Image, image: np.ndarray) -> np.ndarray:
     """The alpha channel where there is one, else the person that the offline segmenter finds."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         return np.asarray(picture.convert("RGBA"))[..., 3] > 127
-    from moa_train.data.sources.photos import segment_person  # OpenCV is needed for photos without a mask only
+    from moa_train.data.sources.grabcut import segment_person  # OpenCV is needed for photos without a mask only
 
     return segment_person(image)
 

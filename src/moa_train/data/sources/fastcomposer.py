@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image
 
-from moa_train.data.report import Item, Remark
+from moa_train.data.report import Item, LeftOut, Remark
 from moa_train.data.schema import Sample, Segment, bounding_box, check_sample, encode_sample
 from moa_train.data.sources.archive import Archive
 from moa_train.data.sources.pictures import as_rgb, open_picture, reduced_size
@@ -27,13 +27,6 @@ NO_PERSON = ("leave_out", "keep")
 _ID = re.compile(r"[\w-]+", re.ASCII)
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
-
-
-class _LeftOut(Exception):
-    """This picture cannot be used."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(Remark(reason, str(detail)))
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,8 @@ class FastComposerSplit:
             return Item(key, None, (self.remarks[number],))
         try:
             return self._item(key)
-        except _LeftOut as left_out:
-            return Item(key, None, (left_out.args[0],))
+        except LeftOut as left_out:
+            return Item(key, None, (left_out.remark,))
 
     def _item(self, key: str) -> Item:
         picture = self._read(key, "jpg")
@@ -83,7 +76,7 @@ class FastComposerSplit:
         image, suffix = self._image(picture)
         if image.shape[:2] != labels.shape:
             sizes = f"{labels.shape[1]} x {labels.shape[0]}, the picture {image.shape[1]} x {image.shape[0]}"
-            raise _LeftOut("the label map has another size than the picture", sizes)
+            raise LeftOut("the label map has another size than the picture", sizes)
         size = reduced_size((image.shape[1], image.shape[0]), self.max_side)
         if size != (image.shape[1], image.shape[0]):
             suffix, image, labels = None, *_resized(image, labels, size)
@@ -91,10 +84,10 @@ class FastComposerSplit:
         if not segments and self.no_person == "leave_out":
             marked = any(isinstance(one, dict) and one.get("coco_label") == SUBJECT_LABEL for one in told)
             detail = "; ".join(map(str, remarks))
-            raise _LeftOut("no person can be used" if marked else "no person is marked", detail)
+            raise LeftOut("no person can be used" if marked else "no person is marked", detail)
         sample = Sample(key, image, labels, caption, segments, {"set": "fastcomposer"})
         for problem in check_sample(sample):
-            raise _LeftOut("the caption cannot be used" if problem.startswith("caption") else "not sound", problem)
+            raise LeftOut("the caption cannot be used" if problem.startswith("caption") else "not sound", problem)
         stored = encode_sample(sample, suffix, picture) if suffix else encode_sample(sample, "jpg")
         return Item(key, stored, tuple(remarks))
 
@@ -103,9 +96,9 @@ class FastComposerSplit:
         try:
             return self.archive.read(name)
         except FileNotFoundError:
-            raise _LeftOut(f"the .{suffix} is missing", name) from None
+            raise LeftOut(f"the .{suffix} is missing", name) from None
         except OSError as error:
-            raise _LeftOut(f"the .{suffix} cannot be read", error) from error
+            raise LeftOut(f"the .{suffix} cannot be read", error) from error
 
     def _image(self, content: bytes) -> tuple[UInt8[np.ndarray, "h w 3"], str | None]:
         """The picture, and the suffix under which its file can be stored as it is; None: it must be written anew.
@@ -117,7 +110,7 @@ class FastComposerSplit:
                 plain = opened.mode == "RGB" and opened.getexif().get(_ORIENTATION, 1) == 1
                 return np.asarray(as_rgb(opened)), _SUFFIXES.get(opened.format or "") if plain else None
         except ValueError as error:
-            raise _LeftOut("the picture cannot be read", error) from error
+            raise LeftOut("the picture cannot be read", error) from error
 
 
 def read_splits(archive: Archive) -> dict[str, tuple[list[str], dict[int, Remark]]]:
@@ -226,14 +219,14 @@ def _read_caption(content: bytes) -> tuple[str, list[Any]]:
     try:
         told = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _LeftOut("the .json cannot be read", error) from error
+        raise LeftOut("the .json cannot be read", error) from error
     caption, segments = (told.get("caption"), told.get("segments")) if isinstance(told, dict) else (None, None)
     if not isinstance(caption, str) or not isinstance(segments, list):
-        raise _LeftOut("the .json does not hold a caption and segments")
+        raise LeftOut("the .json does not hold a caption and segments")
     if not caption.strip():
-        raise _LeftOut("the caption is empty")
+        raise LeftOut("the caption is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in caption):
-        raise _LeftOut("the caption cannot be used", "it holds half a character (a lone surrogate)")
+        raise LeftOut("the caption cannot be used", "it holds half a character (a lone surrogate)")
     return caption, segments
 
 
@@ -248,9 +241,9 @@ def _read_labels(content: bytes) -> Integer[np.ndarray, "h w"]:
             raise ValueError(f"expected H x W integers, got {dtype} {shape} in {len(content)} bytes")
         labels = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, KeyError, EOFError, SyntaxError) as error:
-        raise _LeftOut("the label map cannot be read", error) from error
+        raise LeftOut("the label map cannot be read", error) from error
     if labels.size and not (labels.min() >= 0 and labels.max() < 1 << 16):
-        raise _LeftOut("the label map's values do not fit 16 bits", f"{labels.min()} to {labels.max()}")
+        raise LeftOut("the label map's values do not fit 16 bits", f"{labels.min()} to {labels.max()}")
     return labels.astype(np.int32)
 
 

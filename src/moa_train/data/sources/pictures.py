@@ -99,3 +99,13 @@ def _too_large(told: str, max_megapixels: float) -> str:
     return (
         f"{told}, more than the {max_megapixels:g} megapixels allowed: reduce it, or raise max_megapixels (up to 178)"
     )
+
+
+def read_alpha(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"] | None:
+    """Opacity of a photo, upright and at (width, height); None unless parts are opaque and parts transparent."""
+    with open_picture(path, float("inf")) as opened:
+        if opened.mode not in {"RGBA", "LA", "PA"} and "transparency" not in opened.info:
+            return None
+        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
+    values = np.asarray(alpha)
+    return values if values.min() < 128 <= values.max() else None
