@@ -5,14 +5,16 @@ The only place that knows how members of a shard are named:
     KEY.jpg | .png | .webp    the picture, RGB
     KEY.seg.png               label map of the same size, 8 or 16 bit, 0 = background
     KEY.json                  caption, width, height, segments [{id, noun, start, end, bbox, area}], source
-    KEY.latent.npy            optional: posterior mean and standard deviation, float16, 2 x c x h x w
+    KEY.latent.npy            optional: the views that moa-data latents encodes (`moa_train.data.views`)
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +37,11 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True},
 }
 _MARKER = re.compile(r"<\d+>")
+_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+_PICTURE_MODES = ("RGB", "L", "P")
+MAX_PIXELS = 1 << 26
+"""Of a stored picture: a file of few bytes that would fill the memory is refused before it is decoded."""
+MAX_ID = 65535
 
 
 class BadSample(ValueError):
@@ -66,7 +73,7 @@ class Sample:
     caption: str
     segments: tuple[Segment, ...]
     source: dict[str, Any] = field(default_factory=dict)
-    latents: Float16[np.ndarray, "2 c h_latent w_latent"] | None = None
+    latents: Float16[np.ndarray, "*views 2 c h_latent w_latent"] | None = None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -128,9 +135,12 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     Raises:
         BadSample: a member is missing or unreadable, or sizes disagree.
     """
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    if suffix is None:
+    pictures = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+    if not pictures:
         raise BadSample(f"the picture {key}.{'|'.join(IMAGE_SUFFIXES)} is missing")
+    if len(pictures) > 1:
+        raise BadSample(f"{len(pictures)} pictures, expected one: {', '.join(f'{key}.{name}' for name in pictures)}")
+    suffix = pictures[0]
     for name in (LABELS_SUFFIX, JSON_SUFFIX):
         if name not in members:
             raise BadSample(f"member {key}.{name} is missing")
@@ -155,6 +165,10 @@ def check_sample(sample: Sample, max_subjects: int | None = None) -> list[str]:
         problems.append(f"caption {sample.caption!r} holds a subject marker; markers are set while training")
     if max_subjects is not None and len(sample.segments) > max_subjects:
         problems.append(f"{len(sample.segments)} subjects, at most {max_subjects} are allowed")
+    if sample.latents is not None and not (
+        np.isfinite(sample.latents).all() and (sample.latents[..., 1, :, :, :] >= 0).all()
+    ):
+        problems.append("latents hold NaN, infinite values or negative standard deviations")
     ids = [segment.id for segment in sample.segments]
     problems += [f"segment id {i} is given {ids.count(i)} times" for i in sorted(set(ids)) if ids.count(i) > 1]
     for segment in sample.segments:
@@ -169,8 +183,8 @@ def _check_segment(segment: Segment, sample: Sample) -> list[str]:
     elif sample.caption[segment.start : segment.end] != segment.noun:
         found = sample.caption[segment.start : segment.end]
         problems.append(f"the noun {segment.noun!r} is not at its offsets, where the caption says {found!r}")
-    if segment.id <= 0:
-        return [*problems, "an id must be positive: 0 is the background"]
+    if not 0 < segment.id <= MAX_ID:
+        return [*problems, f"an id must be positive (0 is the background) and at most {MAX_ID}"]
     mask = sample.labels == segment.id
     area = int(mask.sum())
     if area == 0:
@@ -192,17 +206,37 @@ def _read(key: str, suffix: str, content: bytes, reader: Any) -> Any:
     """Call a reader; whatever a library raises at damaged content becomes a BadSample."""
     try:
         return reader(content)
-    except (ValueError, TypeError, KeyError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadSample(f"cannot read {key}.{suffix}: {type(error).__name__}: {error}") from error
+    except MemoryError:
+        raise  # the machine's, not the content's: sizes are checked first
+    except Exception as error:
+        raise BadSample(f"cannot read {key}.{suffix}: {type(error).__name__}: {one_line(str(error))}") from error
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """Text that any terminal and log takes: on one line, unprintable characters escaped, not endless."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def _open_picture(content: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """A picture that is not decoded yet. Formats are named: Pillow would hand others to outside programs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+        picture = Image.open(io.BytesIO(content), formats=formats)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS:,d} are allowed")
+    return picture
 
 
 def _read_image(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
+    with _open_picture(content, _PICTURE_FORMATS) as picture:
+        if picture.mode not in _PICTURE_MODES or "transparency" in picture.info:
+            raise ValueError(f"a picture is RGB or grey with 8 bits a channel and opaque, this one is {picture.mode}")
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _read_labels(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
+    with _open_picture(content, ("PNG",)) as picture:
         if picture.mode not in {"L", "P", "I;16", "I"}:
             raise ValueError(f"a label map has one channel of 8 or 16 bits, this one is {picture.mode}")
         labels = np.asarray(picture)
@@ -210,28 +244,59 @@ def _read_labels(content: bytes) -> np.ndarray:
 
 
 def _read_latents(content: bytes) -> np.ndarray:
-    latents = np.load(io.BytesIO(content), allow_pickle=False)
-    if latents.dtype != np.float16 or latents.ndim != 4 or latents.shape[0] != 2:
-        raise ValueError(f"expected float16 of shape 2 x c x h x w, got {latents.dtype} {latents.shape}")
-    return latents
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("expected a .npy file of version 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if "latents" in (dtype.names or ()):  # a record of moa_train.data.views
+        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False)["latents"])
+    if dtype != np.float16 or len(shape) != 4 or shape[0] != 2 or by_columns:
+        raise ValueError(f"expected float16 of shape 2 x c x h x w by rows, got {dtype} {shape}")
+    if len(content) - file.tell() != 2 * math.prod(shape):
+        raise ValueError(f"{len(content) - file.tell()} bytes of values, its shape {shape} has {2 * math.prod(shape)}")
+    return np.frombuffer(content, np.float16, offset=file.tell()).reshape(shape)
 
 
 def _read_json(content: bytes) -> tuple[dict[str, Any], tuple[Segment, ...]]:
-    told = json.loads(content)
-    segments = tuple(
-        Segment(int(s["id"]), str(s["noun"]), int(s["start"]), int(s["end"]), _box(s["bbox"]), int(s["area"]))
-        for s in told["segments"]
-    )
-    height, width = int(told["height"]), int(told["width"])
+    told = _object(json.loads(content.decode("utf-8")), "the content")
+    listed = told["segments"]
+    if not isinstance(listed, list):
+        raise TypeError(f"segments is a {type(listed).__name__}, expected a list")
+    segments = tuple(_read_segment(_object(s, f"segment {i}"), f"segments[{i}]") for i, s in enumerate(listed))
     source = told.get("source") or {}
     if not isinstance(source, dict):
         source = {"name": source}
-    return {"caption": str(told["caption"]), "height": height, "width": width, "source": source}, segments
+    known = {"caption": _text(told, "caption"), "height": _whole(told, "height"), "width": _whole(told, "width")}
+    return {**known, "source": source}, segments
 
 
-def _box(values: list[Any]) -> tuple[int, int, int, int]:
-    x1, y1, x2, y2 = (int(value) for value in values)
-    return x1, y1, x2, y2
+def _read_segment(told: dict[str, Any], where: str) -> Segment:
+    box = told["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or any(type(side) is not int for side in box):
+        raise TypeError(f"{where}.bbox is {box!r}, expected four whole numbers")
+    numbers = {name: _whole(told, name, f"{where}.") for name in ("id", "start", "end", "area")}
+    return Segment(**numbers, noun=_text(told, "noun", f"{where}."), bbox=(box[0], box[1], box[2], box[3]))
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where} is a {type(value).__name__}, expected an object")
+    return value
+
+
+def _whole(told: dict[str, Any], name: str, where: str = "") -> int:
+    value = told[name]
+    if type(value) is not int:  # bool is none
+        raise TypeError(f"{where}{name} is {value!r}, expected a whole number")
+    return value
+
+
+def _text(told: dict[str, Any], name: str, where: str = "") -> str:
+    value = told[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{where}{name} is {value!r}, expected text")
+    value.encode("utf-8")  # half a surrogate pair, which JSON can hold, is no character
+    return value
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import zlib
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,21 +18,35 @@ from typing import Any
 
 import numpy as np
 
-from moa_train.data.members import BLOCK, MEMBER_DTYPE, check_header, scan_shard
+from moa_train.data.members import BLOCK, MEMBER_DTYPE, UNCHECKED_DTYPE, check_header, scan_shard
 from moa_train.data.schema import KINDS, SCHEMA_VERSION, BadSample, Sample, decode_sample, kind_of
 from moa_train.data.storage import Cache, Storage, replacing, sha256_of
 
+log = logging.getLogger(__name__)
+
 INDEX_NAME = "index.json"
+_ADD_CHECKSUMS = "moa-data index DIR overwrite=true"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: name, samples, bytes, SHA-256."""
+    """One tar file: name, samples, bytes, SHA-256.
+
+    left_out: samples and stretches of it that the index leaves out because they are damaged.
+    """
 
     name: str
     count: int
     bytes: int
     sha256: str
+    left_out: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.count, self.bytes, self.left_out)
+        if not isinstance(self.name, str) or Path(self.name).name != self.name or not isinstance(self.sha256, str):
+            raise ValueError(f"a shard has the name {self.name!r} and the hash {self.sha256!r}")
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"shard {self.name} has the count, bytes and left_out {numbers}")
 
 
 class ShardIndex:
@@ -73,14 +89,33 @@ class ShardIndex:
                 f"{storage.location}/{INDEX_NAME} has schema version {told.get('schema_version')}, "
                 f"expected {SCHEMA_VERSION}: pack the data with this version of moa-data"
             )
-        path = storage.path(told["members"]["file"], told["members"]["sha256"])
-        if not path.is_file() or sha256_of(path) != told["members"]["sha256"]:
+        try:
+            shards = tuple(Shard(**shard) for shard in told["shards"])
+            file, sha256 = str(told["members"]["file"]), str(told["members"]["sha256"])
+            split, samples, packing = str(told["split"]), int(told["samples"]), dict(told["packing"])
+            if Path(file).name != file or sum(shard.count for shard in shards) != samples:
+                raise ValueError("its numbers of samples disagree, or a file has no plain name")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{storage.location}/{INDEX_NAME} is damaged ({error}): moa-data index DIR overwrite=true makes it anew"
+            ) from error
+        path = storage.path(file, sha256)
+        if not path.is_file() or sha256_of(path) != sha256:
             raise ValueError(f"{path} is missing or not the one that {INDEX_NAME} describes: pack the data again")
         members = np.load(path, mmap_mode="r", allow_pickle=False)
-        shards = tuple(Shard(**shard) for shard in told["shards"])
-        if members.dtype != MEMBER_DTYPE or len(members) != told["samples"]:
-            raise ValueError(f"{path} holds {len(members)} samples, {INDEX_NAME} says {told['samples']}")
-        return cls(storage, told["split"], shards, members, told["packing"])
+        if members.dtype not in (MEMBER_DTYPE, UNCHECKED_DTYPE) or len(members) != samples:
+            raise ValueError(f"{path} holds {len(members)} samples, {INDEX_NAME} says {samples}")
+        if not np.array_equal(np.bincount(members["shard"], minlength=len(shards)), [s.count for s in shards]):
+            raise ValueError(f"{path} and {INDEX_NAME} count other samples in a shard: make the index anew")
+        index = cls(storage, split, shards, members, packing)
+        if not index.checked:
+            log.warning("%s has no checksums of samples: %s adds them", storage.location, _ADD_CHECKSUMS)
+        return index
+
+    @property
+    def checked(self) -> bool:
+        """Whether each sample has checksums, which reading compares."""
+        return bool(self.members.dtype == MEMBER_DTYPE)
 
     def save(self) -> None:
         """Write `SPLIT-members.npy`, then `index.json`, beside the shards of a local folder; each atomically."""
@@ -111,10 +146,12 @@ def index_shards(
     """
     rows = []
     for number, shard in enumerate(shards):
-        samples, problems = scan_shard(Path(folder) / shard.name)
+        path = Path(folder) / shard.name
+        samples, problems = scan_shard(path)
         if problems:
             raise ValueError(f"{shard.name} {problems[0]}")
-        rows += [sample.row(number) for sample in samples]
+        with path.open("rb") as file:
+            rows += [sample.row(number, sample.read(file.fileno())) for sample in samples]
     index = ShardIndex(Storage(folder), split, shards, np.array(rows, dtype=MEMBER_DTYPE), packing or {})
     index.save()
     return index
@@ -148,15 +185,17 @@ class ShardReader:
         except BadSample as error:
             raise BadSample(f"shard {self._shard(number).name}, key {key}: {error}") from error
 
-    def read(self, number: int) -> tuple[str, dict[str, bytes]]:
-        """Key and members (by suffix) of sample `number`, as stored.
+    def read(self, number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, bytes]]:
+        """Key and members (by suffix) of sample `number`, as stored; of all kinds, or only those named.
 
         Raises:
-            BadSample: the shard ends early, or other members lie where the index says.
+            BadSample: the shard ends early, other members lie where the index says, or a content was changed.
         """
         row = self.index.members[number]
-        places = {kind: (int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in KINDS}
+        places = {kind: (int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in kinds}
         places = {kind: place for kind, place in places.items() if place[1]}
+        if not places:
+            raise BadSample(f"shard {self._shard(number).name}, sample {number}: the index knows none of its members")
         first = min(offset for offset, _ in places.values()) - BLOCK
         last = max(offset + size for offset, size in places.values())
         content = os.pread(self._file(int(row["shard"])), last - first, first)
@@ -176,7 +215,17 @@ class ShardReader:
             members[suffix] = content[start : start + size]
         if len(keys) > 1:
             raise BadSample(f"shard {shard}, key {min(keys)}: mixed with the members of {', '.join(sorted(keys)[1:])}")
-        return keys.pop(), members
+        self._check_contents(number, key, members)
+        return key, members
+
+    def _check_contents(self, number: int, key: str, members: dict[str, bytes]) -> None:
+        if not self.index.checked:
+            return
+        row = self.index.members[number]
+        for suffix, content in members.items():
+            if zlib.crc32(content) != row[f"{kind_of(suffix)}_crc"]:
+                where = f"shard {self._shard(number).name}, key {key}"
+                raise BadSample(f"{where}: {key}.{suffix} was changed since it was indexed (CRC-32)")
 
     def close(self) -> None:
         """Close every file."""
