@@ -146,7 +146,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
             raise BadSample(f"member {key}.{name} is missing")
     image = _read(key, suffix, members[suffix], _read_image)
     labels = _read(key, LABELS_SUFFIX, members[LABELS_SUFFIX], _read_labels)
-    told, segments = _read(key, JSON_SUFFIX, members[JSON_SUFFIX], _read_json)
+    told, segments = _read(key, JSON_SUFFIX, members[JSON_SUFFIX], read_told)
     latents = None
     if LATENT_SUFFIX in members:
         latents = _read(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_latents)
@@ -257,7 +257,12 @@ def _read_latents(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.float16, offset=file.tell()).reshape(shape)
 
 
-def _read_json(content: bytes) -> tuple[dict[str, Any], tuple[Segment, ...]]:
+def read_told(content: bytes) -> tuple[dict[str, Any], tuple[Segment, ...]]:
+    """Caption, width, height and source of a sample by name, and its segments, from its JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not as the schema says.
+    """
     told = _object(json.loads(content.decode("utf-8")), "the content")
     listed = told["segments"]
     if not isinstance(listed, list):
