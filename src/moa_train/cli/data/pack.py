@@ -19,7 +19,7 @@ Make shards of what your own Python function gives.
   source=MODULE:FUNCTION   the function; its module is looked for in the current folder, too
   out=FOLDER            gets a subfolder a split
   splits=[train]        the function is called once for each, with split=NAME if it has such a parameter
-  args={}               further arguments of the function
+  args=null             further arguments of the function, {name: value}
   no_noun=append        a caption that does not name a subject gets ", with a NOUN" at its end; keep: that subject is
                         not used, the sample is; leave_out: the sample is left out
   workers=0             processes that make samples, if the function gives a source
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
     function = load_function(settings["source"])
     config = {name: settings[name] for name in ("source", "args", "no_noun")}
     for split in settings["splits"]:
-        samples = call(function, split, settings["args"])
+        samples = call(function, split, settings["args"] or {})
         if isinstance(samples, Source):
             pack(Checked(samples, settings["no_noun"]), split, settings, config)
             continue
