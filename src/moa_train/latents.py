@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class LatentCodec(nn.Module):
-    """A frozen VAE: z = scaling_factor (mean + std noise)."""
+    """A frozen VAE: z = scaling_factor (mean + std noise). `identity`: hash of its weights, if known."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, identity: str = "") -> None:
         super().__init__()
+        self.identity = identity
         self.vae = vae.requires_grad_(False).eval()
         self.scale = float(vae.config.scaling_factor)
         self.channels = int(vae.config.latent_channels)

@@ -80,15 +80,16 @@ class LossTerms:
 class Batch:
     """One padded batch as it leaves the stream.
 
-    pixels: pictures in [-1, 1]. subject_masks: M_s in [0, 1] at picture resolution; foreground M is their union.
+    pixels: pictures in [-1, 1]; None where latents are given. foreground: M, the union of the subjects' masks.
+    subject_masks: M_s in [0, 1] at picture resolution; area averages at latent resolution where latents are given.
     subject_pixels: each subject cut out of its background and resized to the image encoder's input, in [0, 1].
     token_ids, subject_positions: the tokenised prompt (marker-free) and where its subjects sit.
     key: 63-bit integer derived from (seed, epoch, sample): noise, timestep and VAE sampling are drawn from it.
     sample: index of the sample in its data set. caption: the prompt as text with `<1>` markers; empty if unconditional.
-    latents: posterior mean and standard deviation where the set was packed with latents.
+    latents: posterior mean and standard deviation of the stored view, in place of pixels.
     """
 
-    pixels: Float[Tensor, "b 3 h w"]
+    pixels: Float[Tensor, "b 3 h_pixels w_pixels"] | None
     subject_masks: Float[Tensor, "b s h w"]
     subject_pixels: Float[Tensor, "b s 3 r r"]
     subject_present: Bool[Tensor, "b s"]
@@ -102,7 +103,7 @@ class Batch:
     @property
     def foreground(self) -> Float[Tensor, "b 1 h w"]:
         """M: the union of the subjects' masks."""
-        return self.subject_masks.amax(dim=1, keepdim=True)
+        return self.subject_masks.sum(dim=1, keepdim=True).clamp(max=1)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`."""

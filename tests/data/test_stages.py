@@ -233,18 +233,6 @@ def test_collated_rows_are_a_batch(tokenizer, make_sample):
     assert batch.latents is None
 
 
-def test_stored_latents_reach_the_batch(tokenizer, make_sample):
-    latents = _rng().normal(size=(2, 4, 2, 2)).astype(np.float16)
-    pipeline = _pipeline(tokenizer, latents=True, flip_probability=0.0)
-    batch = collate([pipeline(replace(make_sample(0), latents=latents), 0, 0)])
-    np.testing.assert_array_equal(batch.latents[0], latents)
-    with pytest.raises(ValueError, match="no latents"):
-        pipeline(make_sample(0), 0, 0)
-    for changes in ({"flip_probability": 0.5}, {"flip_probability": 0.0, "crop": "random"}):
-        with pytest.raises(ValueError, match="stored latents"):
-            _pipeline(tokenizer, latents=True, **changes)
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

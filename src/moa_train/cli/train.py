@@ -70,6 +70,7 @@ def run(cfg: DictConfig) -> None:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         prior, module = build_module(cfg)
         datamodule = _build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
+        datamodule.check_latents(module.codec.identity)
         trainer = build_trainer(cfg, prior)
         if trainer.world_size > 1:
             tell_ranks(chosen.folder)
@@ -96,7 +97,7 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     from moa_train.inference.weights import fill_moa, weights_path
     from moa_train.latents import LatentCodec
     from moa_train.model.unet import add_moa, compile_blocks, trainable_parameters
-    from moa_train.prior.load import load_prior
+    from moa_train.prior.load import load_prior, weights_fingerprint
     from moa_train.training.module import MoAModule
 
     own = cfg.get("image_encoder") is None  # image_encoder=null: the prior's own
@@ -111,7 +112,7 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
         denoiser=Denoiser(unet),
         text_encoder=TextEncoder(prior.tokenizer, prior.text_encoder),
         image_encoder=prior.image_encoder,
-        codec=LatentCodec(prior.vae),
+        codec=LatentCodec(prior.vae, weights_fingerprint(prior.vae)),
         schedule=NoiseSchedule.from_config(prior.scheduler.config),
         trained=trained,
         loss=_build(cfg.loss),

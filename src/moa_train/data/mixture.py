@@ -11,6 +11,7 @@ import numpy as np
 from moa_train.data.order import shares_of
 from moa_train.data.schema import Sample
 from moa_train.data.shards import ShardIndex, ShardReader
+from moa_train.data.views import EncodedSample, decode_views
 
 
 class Mixture:
@@ -61,16 +62,20 @@ class MixtureReader:
 
     Args:
         open_shards: files held open at once, of each set.
+        views: read the stored views instead of the pictures.
     """
 
-    def __init__(self, mixture: Mixture, open_shards: int = 16) -> None:
+    def __init__(self, mixture: Mixture, open_shards: int = 16, views: bool = False) -> None:
         self.mixture = mixture
+        self.views = views
         self.readers = [ShardReader(index, open_shards) for index in mixture.indexes]
 
     def __len__(self) -> int:
         return len(self.mixture)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample | EncodedSample:
         """Raises `BadSample`, as `ShardReader`."""
         chosen, place = self.mixture.place(number)
+        if self.views:
+            return decode_views(*self.readers[chosen].read(place, ("json", "latent")))
         return self.readers[chosen][place]

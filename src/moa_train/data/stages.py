@@ -15,7 +15,8 @@ import torch
 
 from moa_train.data.cutout import AUGMENTATIONS, BACKGROUNDS, cut_out
 from moa_train.data.geometry import CROPS, PADS, Flip, Resize
-from moa_train.data.schema import BadSample, Sample, Segment, bounding_box
+from moa_train.data.schema import Sample, Segment, bounding_box
+from moa_train.data.views import EncodedSample
 from moa_train.prompts import mark_prompt, parse_prompt, tokenize
 from moa_train.symbols import Batch
 
@@ -36,20 +37,32 @@ class ChooseSubjects:
     smallest: float = 0.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() < self.unconditional:
-            return replace(sample, caption="", segments=(), labels=np.zeros_like(sample.labels))
-        kept = rng.random(len(sample.segments)) < self.keep
         inside = [measured(segment, sample.labels) for segment in sample.segments]
+        segments = self.chosen(inside, sample.labels.size, rng)
+        if segments is None:
+            return replace(sample, caption="", segments=(), labels=np.zeros_like(sample.labels))
+        return replace(sample, segments=segments)
+
+    def chosen(
+        self, inside: Sequence[Segment | None], pixels: int, rng: np.random.Generator
+    ) -> tuple[Segment, ...] | None:
+        """Of the sample's segments as the crop of so many pixels shows them (None: not at all) those to name.
+
+        None: the sample is unconditional.
+        """
+        if rng.random() < self.unconditional:
+            return None
+        kept = rng.random(len(inside)) < self.keep
         largest: dict[int, Segment] = {}
         for segment in sorted((segment for segment in inside if segment is not None), key=lambda s: s.area):
-            if segment.area >= self.smallest * sample.labels.size:
+            if segment.area >= self.smallest * pixels:
                 largest[segment.end] = segment
-        ids = {segment.id for segment, keep in zip(sample.segments, kept, strict=True) if keep}
+        ids = {segment.id for segment, keep in zip(inside, kept, strict=True) if segment is not None and keep}
         segments = [largest[end] for end in sorted(largest) if largest[end].id in ids]
         if len(segments) > self.maximum:
             chosen = rng.choice(len(segments), self.maximum, replace=False)
             segments = [segments[i] for i in sorted(chosen)]
-        return replace(sample, segments=tuple(segments))
+        return tuple(segments)
 
 
 def measured(segment: Segment, labels: np.ndarray) -> Segment | None:
@@ -70,7 +83,7 @@ class Pipeline:
         crop, zoom, pad, hold_subjects: see `moa_train.data.geometry.Resize`.
         flip_probability, unconditional_probability, keep_probability, min_subject_area: see the stages.
         augment_subject, augmentation, background: see `cut_out`.
-        latents: hand on the stored latents; they fit the unflipped centre crop, so nothing else is allowed.
+        latents: take stored views (`moa_train.data.views`) in place of pictures: masks come at latent resolution.
 
     Raises:
         ValueError: a value outside its domain.
@@ -105,8 +118,6 @@ class Pipeline:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(options)}")
         if len(self.zoom) != 2 or not 1.0 <= self.zoom[0] <= self.zoom[1]:
             raise ValueError(f"zoom is {list(self.zoom)}; expected smallest and largest factor, at least 1: [1.0, 1.3]")
-        if self.latents and (self.crop != "centre" or self.flip_probability > 0):
-            raise ValueError("stored latents fit the unflipped centre crop: set crop=centre and flip_probability=0")
 
     def without_chance(self) -> Pipeline:
         """The same for validation: centre crop, every subject, nothing flipped, dropped or augmented."""
@@ -125,24 +136,38 @@ class Pipeline:
         """The stage that chooses and resizes the square."""
         return Resize(self.resolution, self.crop, self.zoom, self.pad, self.hold_subjects)
 
-    def __call__(self, stored: Sample, key: int, number: int) -> dict[str, Any]:
+    def __call__(self, stored: Sample | EncodedSample, key: int, number: int) -> dict[str, Any]:
         """One row, the fields of `Batch`. `number`: the sample's index, as the batch reports it."""
+        if isinstance(stored, EncodedSample):
+            return self._stored_view(stored, key, number)
         view = self.resize(stored, stage_rng(key, 0))
         view = Flip(self.flip_probability)(view, stage_rng(key, 1))
-        choose = ChooseSubjects(
-            self.max_subjects, self.unconditional_probability, self.keep_probability, self.min_subject_area
-        )
-        view = choose(view, stage_rng(key, 2))
-        row = self._prompt(view) | self._subjects(stored, view, key)
-        row |= {"pixels": _pixels(view.image), "key": key, "sample": number}
-        if self.latents:
-            if stored.latents is None:
-                raise BadSample(f"{stored.key} has no latents: set latents=false, or pre-encode the shards")
-            row["latents"] = torch.from_numpy(stored.latents.copy())
-        return row
+        view = self._choose(view, stage_rng(key, 2))
+        row = self._prompt(view.caption, view.segments) | self._subjects(stored, view, key)
+        return row | {"pixels": _pixels(view.image), "key": key, "sample": number}
 
-    def _prompt(self, view: Sample) -> dict[str, Any]:
-        caption = mark_prompt(view.caption, [(segment.start, segment.end) for segment in view.segments])
+    def _stored_view(self, stored: EncodedSample, key: int, number: int) -> dict[str, Any]:
+        """The same from one of the stored views, drawn by the key; its masks are area averages a latent cell."""
+        by_chance = self.crop == "random" or self.zoom != (1.0, 1.0)
+        crop = int(stage_rng(key, 0).random() * stored.crops) if by_chance else 0
+        flip = Flip(self.flip_probability).drawn(stage_rng(key, 1))
+        latents, counts = stored.latents(crop, flip), stored.masks(crop, flip)
+        areas = counts.sum((1, 2), dtype=np.int64).tolist()
+        inside = [replace(s, area=area) if area else None for s, area in zip(stored.segments, areas, strict=True)]
+        chosen = self._choose.chosen(inside, self.resolution**2, stage_rng(key, 2))
+        numbers = [segment.id for segment in stored.segments]
+        masks = torch.zeros(self.max_subjects, *counts.shape[1:])
+        pictures = torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size)
+        for slot, segment in enumerate(chosen or ()):
+            cell = (self.resolution // counts.shape[-1]) ** 2
+            masks[slot] = torch.from_numpy(counts[numbers.index(segment.id)].astype(np.float32) / cell)
+            pictures[slot] = self._picture(*stored.subject(segment), slot, key)
+        row = self._prompt("" if chosen is None else stored.caption, chosen or ())
+        row |= {"subject_masks": masks, "subject_pixels": pictures, "key": key, "sample": number}
+        return row | {"latents": torch.from_numpy(latents.copy())}
+
+    def _prompt(self, text: str, segments: Sequence[Segment]) -> dict[str, Any]:
+        caption = mark_prompt(text, [(segment.start, segment.end) for segment in segments])
         tokens = tokenize(self.tokenizer, parse_prompt(caption), self.max_subjects)
         return {
             "caption": caption,
@@ -157,13 +182,19 @@ class Pipeline:
         pictures = torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size)
         for slot, segment in enumerate(view.segments):
             masks[slot] = torch.from_numpy(view.labels == segment.id)
-            rng = stage_rng(key, 3 + slot)
-            mask = stored.labels == segment.id
-            picture = cut_out(
-                stored.image, mask, self.subject_size, rng, self.background, self.augment_subject, self.augmentation
-            )
-            pictures[slot] = torch.from_numpy(picture)
+            pictures[slot] = self._picture(stored.image, stored.labels == segment.id, slot, key)
         return {"subject_masks": masks, "subject_pixels": pictures}
+
+    def _picture(self, image: np.ndarray, mask: np.ndarray, slot: int, key: int) -> torch.Tensor:
+        """A subject cut out as this pipeline's settings say."""
+        rng = stage_rng(key, 3 + slot)
+        look = (self.background, self.augment_subject, self.augmentation)
+        return torch.from_numpy(cut_out(image, mask, self.subject_size, rng, *look))
+
+    @property
+    def _choose(self) -> ChooseSubjects:
+        rates = (self.unconditional_probability, self.keep_probability)
+        return ChooseSubjects(self.max_subjects, *rates, self.min_subject_area)
 
 
 def stage_rng(key: int, stage: int) -> np.random.Generator:
@@ -176,6 +207,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     told = {name: [row[name] for row in rows] for name in rows[0]}
     stacked: dict[str, Any] = {name: torch.stack(v) for name, v in told.items() if isinstance(v[0], torch.Tensor)}
     numbers = {name: torch.tensor(told[name], dtype=torch.int64) for name in ("key", "sample")}
+    stacked.setdefault("pixels", None)
     return Batch(**stacked, **numbers, caption=tuple(told["caption"]))
 
 

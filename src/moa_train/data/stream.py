@@ -19,6 +19,7 @@ from moa_train.data.mixture import Mixture, MixtureReader
 from moa_train.data.order import mixed_order, sample_key
 from moa_train.data.schema import BadSample, Sample, check_sample
 from moa_train.data.stages import Pipeline
+from moa_train.data.views import EncodedSample
 
 STATE_VERSION = 1
 ENDLESS = 1 << 40
@@ -127,7 +128,7 @@ class ExactStream(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, sets: Mixture, pipeline: Pipeline, seed: int, notes: Notes, open_shards: int = 16) -> None:
-        self.reader = MixtureReader(sets, open_shards)
+        self.reader = MixtureReader(sets, open_shards, pipeline.latents)
         self.pipeline = pipeline
         self.seed = seed
         self.notes = notes
@@ -150,13 +151,13 @@ class ExactStream(torch.utils.data.Dataset[dict[str, Any]]):
         raise AssertionError("the count has no end")
 
 
-def prepared(pipeline: Pipeline, stored: Sample, key: int, number: int) -> dict[str, Any]:
+def prepared(pipeline: Pipeline, stored: Sample | EncodedSample, key: int, number: int) -> dict[str, Any]:
     """Run the stages on a sample that is checked first.
 
     Raises:
         BadSample: it has a problem that the schema forbids, or its prompt cannot be tokenised.
     """
-    problems = check_sample(stored)
+    problems = check_sample(stored) if isinstance(stored, Sample) else []
     if problems:
         raise BadSample(f"key {stored.key}: {problems[0]}")
     try:

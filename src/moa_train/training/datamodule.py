@@ -27,6 +27,7 @@ from moa_train.data.stream import (
     ValidationSampler,
     refuse_changed_state,
 )
+from moa_train.data.views import check_views
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class MoADataModule(pl.LightningDataModule):
         augmentation: str = "light",
     ) -> None:
         super().__init__()
+        if latents and stream != "exact":
+            raise ValueError("data.latents=true needs stream=exact: the index tells which VAE made the latents")
         if stream not in STREAMS:
             raise ValueError(f"stream is {stream!r}; expected one of {', '.join(STREAMS)}")
         if stream == "sequential" and not shard_samples:
@@ -163,6 +166,23 @@ class MoADataModule(pl.LightningDataModule):
             self._loading["prefetch_factor"] = prefetch_factor
         self._sets: Mixture | None = None
         self._resumed: dict[str, Any] | None = None
+
+    def check_latents(self, vae: str) -> None:
+        """Refuse, where latents are asked for, those of another VAE (its hash is given) or of other settings.
+
+        Raises:
+            ValueError: names the set and what differs.
+        """
+        if not self.pipeline.latents:
+            return
+        wanted = {name: getattr(self.pipeline, name) for name in ("resolution", "crop", "pad", "hold_subjects")}
+        wanted["zoom"] = list(self.pipeline.zoom)
+        for index in self._train_sets().indexes:
+            check_views(index, vae, wanted, self.pipeline.flip_probability > 0)
+        if self.validation is not None:
+            for name in ("crop", "zoom"):
+                del wanted[name]
+            check_views(ShardIndex.load(self.validation, self.cache), vae, wanted, False)
 
     # ------------------------------------------------------------------------------------------------------- loaders
     def train_dataloader(self) -> DataLoader[Any]:

@@ -152,11 +152,13 @@ class MoAModule(pl.LightningModule):
         )
 
     def _latents(self, batch: Batch) -> Float[Tensor, "b c h w"]:
-        shape = self.codec.latent_shape(batch.pixels.shape[-2], batch.pixels.shape[-1])
-        noise = _send(keyed_noise(batch.key, shape, LATENT), batch.pixels.device)
-        return (
-            self.codec.encode(batch.pixels, noise) if batch.latents is None else self.codec.sample(batch.latents, noise)
-        )
+        moments = batch.latents
+        if moments is None:
+            assert batch.pixels is not None
+            self.codec.latent_shape(batch.pixels.shape[-2], batch.pixels.shape[-1])
+            moments = self.codec.moments(batch.pixels)
+        noise = _send(keyed_noise(batch.key, moments.shape[2:], LATENT), moments.device)
+        return self.codec.sample(moments, noise)
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """C_prior and the subjects' features of a batch."""

@@ -76,7 +76,7 @@ class SamplePictures(StepCallback):
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         rows, maps = [], []
-        for index, (caption, subjects, size) in enumerate(self._fixed(trainer)):
+        for index, (caption, subjects, size) in enumerate(self._fixed(trainer, module.codec.factor)):
             made = pipeline(
                 prompt=caption,
                 subjects=list(subjects.to(module.device)),
@@ -96,20 +96,24 @@ class SamplePictures(StepCallback):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet(images).save(path)
 
-    def _fixed(self, trainer: pl.Trainer) -> list[tuple[str, Float[Tensor, "s 3 r r"], tuple[int, int]]]:
+    def _fixed(self, trainer: pl.Trainer, factor: int) -> list[tuple[str, Float[Tensor, "s 3 r r"], tuple[int, int]]]:
         """Caption, subject pictures and picture size of the first validation samples that have a subject."""
         chosen: list[tuple[str, Tensor, tuple[int, int]]] = []
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         loader = datamodule.val_dataloader()
         for batch in loader or ():
-            chosen += _with_subject(batch)
+            chosen += _with_subject(batch, factor)
             if len(chosen) >= self.number:
                 break
         return chosen[: self.number]
 
 
-def _with_subject(batch: Batch) -> list[tuple[str, Tensor, tuple[int, int]]]:
-    size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+def _with_subject(batch: Batch, factor: int) -> list[tuple[str, Tensor, tuple[int, int]]]:
+    if batch.pixels is not None:
+        size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+    else:
+        assert batch.latents is not None
+        size = (batch.latents.shape[-2] * factor, batch.latents.shape[-1] * factor)
     rows = zip(batch.caption, batch.subject_pixels, batch.subject_present, strict=True)
     return [(caption, pixels[present], size) for caption, pixels, present in rows if present.any()]
 
