@@ -1,12 +1,15 @@
 """A run that is stopped, killed and resumed is the run that was never stopped."""
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from moa_train.cli.train import main
 from moa_train.training.metrics_csv import read_rows
 from tiny import load
 
@@ -135,3 +138,22 @@ def test_resuming_without_a_checkpoint_is_refused_unless_it_may_start(world, tmp
     assert load(tmp_path / "a")["global_step"] == 1
     with pytest.raises(ValueError, match="no such checkpoint"):
         world.train(tmp_path / "b", "ckpt=nowhere.ckpt")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_ends_the_command_in_one_line(world, tmp_path, monkeypatch, capfd, workers):
+    train = tmp_path / "train"
+    shutil.copytree(world.folder / "data" / "train", train)
+    for path in train.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:4000])
+    more = (f"data.train={train}", f"data.num_workers={workers}", f"run_dir={tmp_path / 'run'}", "max_steps=2")
+    monkeypatch.setattr(sys, "argv", ["moa-train", *world.overrides(*more)])
+    handlers = logging.root.handlers[:]
+    with pytest.raises(SystemExit) as end:
+        main()
+    logging.root.handlers[:] = handlers  # Hydra's write to the captured stdout of this test
+    assert end.value.code == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("moa-train: error:")]
+    assert "it is truncated; moa-data validate lists all such samples, on_bad_sample=skip goes on" in line
