@@ -91,7 +91,8 @@ def test_null_rows_of_guidance_equal_the_pretrained_unet_and_leave_the_others_al
     whole, _ = Denoiser(unet)(z, t, conditioning)
     prediction, seen = Denoiser(unet)(z, t, replace(conditioning, prior_rows=1))
     assert torch.equal(prediction[0], expected[0])
-    torch.testing.assert_close(prediction[1], whole[1], atol=1e-4, rtol=1e-4)  # products of other shapes round otherwise
+    # products of other shapes round otherwise
+    torch.testing.assert_close(prediction[1], whole[1], atol=1e-4, rtol=1e-4)
     assert {len(routing) for routing in seen.routing.values()} == {1}
     assert {len(attention) for attention in seen.subject_attention.values()} == {1}
 

@@ -25,7 +25,7 @@ from moa_train.data.storage import replacing, sha256_of
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256_000_000
-_TAR_FORMAT = tarfile.USTAR_FORMAT
+TAR_FORMAT = tarfile.USTAR_FORMAT
 
 
 @runtime_checkable
@@ -71,8 +71,8 @@ def write_shards(
     settings = {"samples": len(source), "seed": seed, "shard_bytes": shard_bytes, "image_format": image_format}
     packing: dict[str, Any] = {"command": command, "config": {**(config or {}), **settings}}
     if (folder / INDEX_NAME).exists():
-        return _complete_already(folder, packing["config"], on_sample)
-    progress = _Progress(folder / f"{split}-packing.json", packing["config"])
+        return complete_already(folder, packing["config"], on_sample)
+    progress = PackingProgress(folder / f"{split}-packing.json", packing["config"])
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
     make = partial(_make, source, image_format)
     with closing(ordered_map(make, order[progress.done :], workers)) as items:
@@ -89,7 +89,7 @@ def write_shards(
     return index
 
 
-class _Progress:
+class PackingProgress:
     """What an unfinished packing has written: complete shards, and how many source items are in them."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def _write(
     folder: Path,
     split: str,
     shard_bytes: int,
-    progress: _Progress,
+    progress: PackingProgress,
     on_sample: Callable[[int], None],
 ) -> None:
     """Fill shard after shard; note each in `progress` once it is complete."""
@@ -143,7 +143,7 @@ def _write(
     while not ended:
         path = folder / f"{split}-{len(progress.shards):06d}.tar"
         count = 0
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=_TAR_FORMAT) as tar:
+        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=TAR_FORMAT) as tar:
             while file.tell() < shard_bytes and not ended:
                 try:
                     item = next(iterator)
@@ -152,7 +152,7 @@ def _write(
                     break
                 if item.content is not None:
                     assert not isinstance(item.content, Sample)
-                    _add(tar, item.key, item.content, keys)
+                    add_sample(tar, item.key, item.content, keys)
                     count += 1
                 progress.report.add(item.key, item.content is not None, item.remarks)
                 done += 1
@@ -163,7 +163,7 @@ def _write(
         progress.add(shard, done)
 
 
-def _add(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes], keys: set[str]) -> None:
+def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes], keys: set[str]) -> None:
     """Append a sample whose key is none of `keys` yet."""
     if key in keys:
         raise ValueError(f"two samples have the key {key!r}: give each sample a key of its own")
@@ -182,7 +182,8 @@ def _save_report(report: Report, folder: Path) -> None:
             file.write(json.dumps(report.told(), indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _complete_already(folder: Path, config: dict[str, Any], on_sample: Callable[[int], None] | None) -> ShardIndex:
+def complete_already(folder: Path, config: dict[str, Any], on_sample: Callable[[int], None] | None) -> ShardIndex:
+    """The index of a set that is there; raises ValueError where other settings made it."""
     index = ShardIndex.load(folder)
     if index.packing.get("config") != json.loads(json.dumps(config)):
         raise ValueError(_other_settings(folder, index.packing.get("config") or {}, config))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moa_train.data.members import MEMBER_DTYPE
-from moa_train.data.packing import _add
+from moa_train.data.packing import add_sample
 from moa_train.data.report import REPORT_NAME, Remark, Report
 from moa_train.data.schema import (
     JSON_SUFFIX,
@@ -100,7 +100,7 @@ def _copy(
                 members, remarks = _kept(sample, sample.stored.read(file), known, keys)
                 report.add(f"{path.name} {sample.stored.key}", members is not None, remarks)
                 if members is not None:
-                    _add(tar, sample.stored.key, members, keys)
+                    add_sample(tar, sample.stored.key, members, keys)
                     count += 1
     finally:
         os.close(file)

@@ -144,12 +144,12 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     for name in (LABELS_SUFFIX, JSON_SUFFIX):
         if name not in members:
             raise BadSample(f"member {key}.{name} is missing")
-    image = _read(key, suffix, members[suffix], _read_image)
-    labels = _read(key, LABELS_SUFFIX, members[LABELS_SUFFIX], _read_labels)
-    told, segments = _read(key, JSON_SUFFIX, members[JSON_SUFFIX], read_told)
+    image = read_member(key, suffix, members[suffix], _read_image)
+    labels = read_member(key, LABELS_SUFFIX, members[LABELS_SUFFIX], _read_labels)
+    told, segments = read_member(key, JSON_SUFFIX, members[JSON_SUFFIX], read_told)
     latents = None
     if LATENT_SUFFIX in members:
-        latents = _read(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_latents)
+        latents = read_member(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_latents)
     size = (told["height"], told["width"])
     if not image.shape[:2] == labels.shape == size:
         raise BadSample(
@@ -202,7 +202,7 @@ def _saved(picture: Image.Image, options: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _read(key: str, suffix: str, content: bytes, reader: Any) -> Any:
+def read_member(key: str, suffix: str, content: bytes, reader: Any) -> Any:
     """Call a reader; whatever a library raises at damaged content becomes a BadSample."""
     try:
         return reader(content)

@@ -24,15 +24,15 @@ from jaxtyping import Bool, Float16, Integer, UInt8
 from PIL import Image
 
 from moa_train.data.geometry import Resize, Window, mirrored
-from moa_train.data.packing import _TAR_FORMAT, _add, _complete_already, _Progress
+from moa_train.data.packing import TAR_FORMAT, PackingProgress, add_sample, complete_already
 from moa_train.data.schema import (
     JSON_SUFFIX,
     LATENT_SUFFIX,
     BadSample,
     Sample,
     Segment,
-    _read,
     bounding_box,
+    read_member,
     read_told,
 )
 from moa_train.data.shards import INDEX_NAME, Shard, ShardIndex, ShardReader, index_shards
@@ -157,8 +157,8 @@ def decode_views(key: str, members: Mapping[str, bytes]) -> EncodedSample:
     """
     if JSON_SUFFIX not in members or LATENT_SUFFIX not in members:
         raise BadSample(f"{key} has no latents: set data.latents=false, or make them with moa-data latents")
-    told, segments = _read(key, JSON_SUFFIX, members[JSON_SUFFIX], read_told)
-    record = _read(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_record)
+    told, segments = read_member(key, JSON_SUFFIX, members[JSON_SUFFIX], read_told)
+    record = read_member(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_record)
     if record["masks"].shape[1] != len(segments):
         raise BadSample(f"{key}.{LATENT_SUFFIX} has {record['masks'].shape[1]} segments, {key}.json {len(segments)}")
     for segment in segments:
@@ -198,18 +198,18 @@ def write_views(
     latents = {**asdict(settings), "zoom": list(settings.zoom), "vae": dict(vae)}
     config = {"source": source.hash, "samples": len(source), "latents": latents}
     if (folder / INDEX_NAME).exists():
-        return _complete_already(folder, config, on_sample)
-    progress = _Progress(folder / f"{source.split}-packing.json", config)
+        return complete_already(folder, config, on_sample)
+    progress = PackingProgress(folder / f"{source.split}-packing.json", config)
     reader = ShardReader(source)
     on_sample(progress.done)
     keys: set[str] = set()
     for shard in source.shards[len(progress.shards) :]:
         path, end = folder / shard.name, progress.done + shard.count
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=_TAR_FORMAT) as tar:
+        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=TAR_FORMAT) as tar:
             for start in range(progress.done, end, batch_size):
                 numbers = range(start, min(start + batch_size, end))
                 for key, members in _with_records(reader, numbers, encode, settings):
-                    _add(tar, key, members, keys)
+                    add_sample(tar, key, members, keys)
                 on_sample(numbers[-1] + 1)
         progress.add(Shard(path.name, shard.count, path.stat().st_size, sha256_of(path)), end)
     packing = {"command": "moa-data latents", "config": config}
