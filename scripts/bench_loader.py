@@ -1,6 +1,6 @@
 """Speed of the way from shards to batches: ratios of medians, taken in turns on one machine.
 
-    python scripts/bench_loader.py                      # a few hundred toy scenes of 512 px, one core
+    python scripts/bench_loader.py                      # toy scenes as large as FFHQ's photos, read at 512 px, one core
     python scripts/bench_loader.py --repeats 15 --parts decode million
 
 Parts: decode (against Pillow alone and plain webdataset), workers (two against one), latents (packed against pictures),
@@ -21,7 +21,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -37,10 +36,11 @@ from moa_train.data.packing import write_shards
 from moa_train.data.shards import Shard, ShardIndex, ShardReader
 from moa_train.data.sources.toy_scenes import ToyScenes
 from moa_train.data.storage import Storage
+from moa_train.data.views import ViewSettings, write_views
 from moa_train.training.datamodule import MoADataModule
 
 ROOT = Path(__file__).resolve().parents[1]
-RESOLUTION, SUBJECT_SIZE, LATENT, MILLION = 512, 224, 64, 1_000_000
+PICTURE, RESOLUTION, SUBJECT_SIZE, LATENT, MILLION = 1024, 512, 224, 64, 1_000_000
 LIMITS = {
     "stream_over_pillow": 0.9,
     "two_workers_over_one": 1.8,
@@ -64,29 +64,13 @@ class Words:
         return SimpleNamespace(input_ids=ids + [0] * (max_length - len(ids)) if padding else ids)
 
 
-class Scenes:
-    """Toy scenes, on wish with random latents beside them."""
-
-    def __init__(self, count: int, latents: bool) -> None:
-        self.scenes, self.latents = ToyScenes("train", count, people=50, size=RESOLUTION), latents
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, number: int) -> Any:
-        sample = self.scenes[number]
-        if not self.latents:
-            return sample
-        draw = np.random.default_rng(number).standard_normal((2, 4, LATENT, LATENT))
-        return replace(sample, latents=draw.astype(np.float16))
-
-
 class Bench:
     """Every method returns figures for the report."""
 
     def __init__(self, folder: Path, samples: int, batch: int, repeats: int) -> None:
         self.folder, self.samples, self.batch, self.repeats = folder, samples, batch, repeats
-        self.index = write_shards(Scenes(samples, False), folder, "train", shard_bytes=16_000_000, image_format="jpg")
+        scenes = ToyScenes("train", samples, people=50, size=PICTURE)
+        self.index = write_shards(scenes, folder, "train", shard_bytes=16_000_000, image_format="jpg")
 
     def decode(self) -> dict[str, Any]:
         """The whole way (decode, crop, masks, cut-outs, tokens) against Pillow's decode and resize alone."""
@@ -119,11 +103,14 @@ class Bench:
         return told | {"two_workers_over_one": _ratio(told, "1", "2"), "cores": os.cpu_count()}
 
     def latents(self) -> dict[str, Any]:
-        """Batches of packed latents against pictures that are decoded, the masks and cut-outs in both."""
-        write_shards(Scenes(self.samples, True), self.folder / "latents", "train", shard_bytes=16_000_000)
-        settings = {"flip_probability": 0.0}
-        pictures = self._batches(self.folder / "train", **settings)
-        packed = self._batches(self.folder / "latents" / "train", latents=True, **settings)
+        """Batches of stored views against pictures that are decoded; masks, cut-outs and tokens in both."""
+
+        def encode(views: np.ndarray) -> np.ndarray:
+            return np.random.default_rng(len(views)).standard_normal((len(views), 2, 4, LATENT, LATENT)).astype("f2")
+
+        write_views(self.index, self.folder / "latents", encode, ViewSettings(RESOLUTION), {"name": "random"})
+        pictures = self._batches(self.folder / "train")
+        packed = self._batches(self.folder / "latents" / "train", latents=True)
         told = self._in_turns({"pictures": lambda: next(pictures), "latents": lambda: next(packed)})
         return told | {"latents_over_pictures": _ratio(told, "pictures", "latents")}
 
@@ -221,14 +208,20 @@ def main() -> None:
     """Measure, write, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("decode", "workers", "latents", "million")
-    parser.add_argument("--samples", type=int, default=256, help="scenes of 512 px")
+    parser.add_argument("--samples", type=int, default=64, help="scenes")
     parser.add_argument("--batch", type=int, default=8, help="samples in a batch")
     parser.add_argument("--repeats", type=int, default=11, help="rounds that count")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    shapes = {"resolution": RESOLUTION, "subject": SUBJECT_SIZE, "batch": args.batch, "samples": args.samples}
+    shapes = {
+        "picture": PICTURE,
+        "resolution": RESOLUTION,
+        "subject": SUBJECT_SIZE,
+        "batch": args.batch,
+        "samples": args.samples,
+    }
     report: dict[str, Any] = {"what": "loader", "source": source(), "shapes": shapes | {"repeats": args.repeats}}
     report["limits"] = LIMITS
     report["seconds_are"] = "of a batch (workers: of 8 batches): lower quartile, median, upper quartile"

@@ -140,6 +140,28 @@ def test_resuming_without_a_checkpoint_is_refused_unless_it_may_start(world, tmp
         world.train(tmp_path / "b", "ckpt=nowhere.ckpt")
 
 
+def _samples(run, rank=""):
+    """Step -> samples of that step, in order."""
+    return {row["step"]: row["samples"].split() for row in read_rows(run / f"sample_log{rank}.csv")}
+
+
+@pytest.mark.slow
+def test_one_process_then_two_then_one_see_the_samples_of_one_in_order(world, tmp_path):
+    straight = _samples(world.train(tmp_path / "straight", "max_steps=5"))
+    run = world.train(tmp_path / "run", "max_steps=1")
+    ranks = ("trainer.strategy=ddp", "trainer.devices=2", "data.batch_size=2", f"run_dir={run}")
+    command = [sys.executable, "-m", "moa_train.train", *world.overrides("max_steps=3", "ckpt=last", *ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    world.train(run, "max_steps=5", "ckpt=last")
+    seen, other = _samples(run), _samples(run, ".rank1")
+    assert list(seen) == list(straight)
+    assert list(other) == list(straight)[1:3]
+    for step, samples in other.items():
+        seen[step] = [n for pair in zip(seen[step], samples, strict=True) for n in pair]
+    assert seen == straight
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_sample_ends_the_command_in_one_line(world, tmp_path, monkeypatch, capfd, workers):
     train = tmp_path / "train"
