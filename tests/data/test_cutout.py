@@ -88,7 +88,7 @@ def test_about_half_of_the_augmented_pictures_are_mirrored():
     assert 70 < sum(lefts) < 130
 
 
-def _shares(picture, properties, draws=400):
+def _shares(picture, properties, draws=150):
     """How often each property holds of a subject's picture under FastComposer's augmentation."""
     mask = np.ones(picture.shape[:2], dtype=bool)
     made = [
@@ -102,19 +102,19 @@ def test_fastcomposers_changes_come_with_its_probabilities():
     colours = np.zeros((40, 40, 3), np.uint8)
     colours[:, :20], colours[:, 20:] = (200, 30, 30), (30, 30, 200)
     (grey,) = _shares(colours, (lambda x: np.ptp(x, axis=0).max() < 0.01,))
-    assert abs(grey - 0.1) < 0.06
+    assert abs(grey - 0.1) < 0.1
     strip = np.full(
         (80, 20, 3), 255, np.uint8
     )  # shown whole, it leaves background beside it; its upper square does not
     (square,) = _shares(strip, (lambda x: abs(x[:, 20, 6].mean() - x[:, 20, 20].mean()) < 0.05,))
-    assert abs(square - 0.5) < 0.1
+    assert abs(square - 0.5) < 0.165
     wide = np.zeros((40, 40, 3), np.uint8)
     wide[:, :20] = 255
     (mirrored,) = _shares(wide, (lambda x: x[:, 20, 30:36].mean() > x[:, 20, 4:10].mean(),))
-    assert abs(mirrored - 0.5) < 0.1
+    assert abs(mirrored - 0.5) < 0.165
     full = np.full((40, 40, 3), 255, np.uint8)
     (turned,) = _shares(full, (lambda x: x[:, 1, 1].mean() < 0.9 * x[:, 20, 20].mean(),))
-    assert 0.6 < turned < 0.85
+    assert 0.55 < turned < 0.9
 
 
 def test_fastcomposers_turn_uncovers_the_background_and_nothing_else():
