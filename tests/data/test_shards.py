@@ -95,6 +95,7 @@ def test_an_interrupted_packing_goes_on_to_the_same_bytes(tmp_path, samples):
         with pytest.raises(RuntimeError, match="interrupted"):
             write_shards(_Breaks(samples, after), tmp_path / "parts", "train", shard_bytes=20_000)
         assert not (tmp_path / "parts" / "train" / "index.json").exists()
+        (tmp_path / "parts" / "train" / ".train-000003.tar.k1ll3d").touch()  # what SIGKILL leaves
     left = _Breaks(samples, 23 - 5)  # at least one shard of five samples is not made again
     parts = write_shards(left, tmp_path / "parts", "train", shard_bytes=20_000)
     assert parts.hash == whole.hash

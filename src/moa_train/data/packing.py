@@ -105,6 +105,8 @@ class PackingProgress:
             self.done = told["done"]
             self.report = Report.read(told["report"])
             log.info("%s: %d shards are there already; going on", path.parent, len(self.shards))
+        for left_behind in path.parent.glob(".*.tar.*"):  # by a kill while a shard was written
+            left_behind.unlink()
 
     def add(self, shard: Shard | None, done: int) -> None:
         self.done = done

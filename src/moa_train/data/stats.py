@@ -35,7 +35,7 @@ def split_stats(
     subjects: Counter[int] = Counter()
     shares: list[float] = []
     for number in range(len(reader)):
-        told, segments = read_told(reader.read(number)[1][JSON_SUFFIX])
+        told, segments = read_told(reader.read(number, ("json",))[1][JSON_SUFFIX])
         captions[told["caption"]] += 1
         subjects[len(segments)] += 1
         nouns.update(segment.noun for segment in segments)
