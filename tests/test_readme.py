@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastcomposer_layout
 from moa_train.cli import data, evaluate, export, generate, train
 from moa_train.data.sources.toyworld import draw_portrait, identity
 
@@ -29,6 +30,9 @@ SMALLER = {
     "moa-data toy": ["train=12", "validation=4", "test=0"],
     "moa-data show": ["count=2"],
     "moa-data photos": [],
+    "moa-data fastcomposer": ["workers=0"],
+    "moa-data validate": [],
+    "moa-data latents": ["prior=toy", "resolution=64"],
     "moa-train": [*SMALL, "max_steps=1"],
     "moa-train experiment=ffhq_sd15": [*SMALL, *RANDOM, "max_steps=1", "gradient_checkpointing=false"],
     "moa-train -m": [*SMALL, "max_steps=1"],
@@ -68,6 +72,9 @@ def test_every_command_runs_as_written(tmp_path, monkeypatch):
         image, mask = draw_portrait(np.random.default_rng(number), identity("train", number), 96)
         Image.fromarray(image).save(f"photos/{number}.png")
         Image.fromarray(255 * mask).save(f"photos/{number}.mask.png")
+    pictures = {f"{number:08d}": fastcomposer_layout.picture(number) for number in range(4)}
+    files = fastcomposer_layout.layout(pictures, sorted(pictures)[:3], sorted(pictures)[3:])
+    fastcomposer_layout.write_tar(files, "ffhq_wild_files.tar")
     assert {shlex.split(command)[0] for command in COMMANDS} == MAINS.keys()
     for command in COMMANDS:
         run(command, monkeypatch)

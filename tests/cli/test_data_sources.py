@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastcomposer_layout import layout, picture, write_tar
 from moa_train.cli.data import main
 from moa_train.data.shards import ShardIndex, ShardReader
-
-sys.path.append(str(Path(__file__).parents[1]))
-from fastcomposer_layout import layout, picture, write_tar
 
 README = Path(__file__).parents[2] / "data" / "README.md"
 

@@ -1,15 +1,12 @@
 """The tiny prior, its MoA pipeline, and a file of personalized weights for it."""
 
 import copy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 import tiny
 from moa_train.checkpoint import export_personalized

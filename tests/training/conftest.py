@@ -1,13 +1,9 @@
 """A tiny world to train in, and `moa-train` as a function."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from hydra import compose, initialize_config_dir
 
 import tiny
