@@ -47,6 +47,12 @@ class SampleLog(StepCallback):
         self._samples = []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()  # Lightning tears down only what ended well
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
