@@ -1,5 +1,7 @@
 """Stored views are what encoding on the fly gives: latents, masks, subjects, prompts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,27 +65,29 @@ def test_training_from_latents_is_training_from_pictures(tmp_path, tokenizer, co
     assert batch.foreground.max() <= 1
 
 
-def test_each_of_several_crops_keeps_its_masks(tmp_path, tokenizer, codec, encode, source):
-    settings = ViewSettings(32, crops=3, flips=False, crop="random", zoom=(1.2, 2.0))
+def test_each_of_several_crops_and_its_mirror_image_keep_their_masks(tmp_path, tokenizer, codec, encode, source):
+    settings = ViewSettings(32, crops=3, crop="random", zoom=(1.2, 2.0))
     stored = write_views(source, tmp_path / "views", encode, settings, VAE)
-    changes = {"crop": "random", "zoom": (1.2, 2.0), "flip_probability": 0.0, "unconditional_probability": 0.0}
+    changes = {"crop": "random", "zoom": (1.2, 2.0), "flip_probability": 0.5, "unconditional_probability": 0.0}
     latent = _pipelines(tokenizer, **changes, keep_probability=1.0)[1]
     sample, view = ShardReader(source)[0], MixtureReader(Mixture([stored]), views=True)[0]
-    shown = [window.show(sample, 32) for window in settings.windows(sample)]
+    crops = [window.show(sample, 32) for window in settings.windows(sample)]
+    mirrors = [replace(crop, image=crop.image[:, ::-1], labels=crop.labels[:, ::-1]) for crop in crops]
+    shown = [*crops, *mirrors]
     assert len({(w.left, w.top, w.side) for w in settings.windows(sample)}) == 3
     encoded = torch.from_numpy(encode(np.stack([each.image for each in shown]))).float()
     seen = set()
-    for key in range(20):
+    for key in range(40):
         row = latent(view, key, 0)
         apart = [float((each - row["latents"].float()).abs().max()) for each in encoded]
         crop = int(np.argmin(apart))
         assert apart[crop] < 0.01
         seen.add(crop)
-        masks = [torch.from_numpy(shown[crop].labels == s.id).float() for s in sample.segments]
+        masks = [torch.from_numpy((shown[crop].labels == s.id).astype(np.float32)) for s in sample.segments]
         masks = [F.avg_pool2d(mask[None], FACTOR)[0] for mask in masks if mask.any()]
         for slot, mask in enumerate(masks):
             assert torch.equal(row["subject_masks"][slot], mask)
-    assert seen == {0, 1, 2}
+    assert seen == set(range(6))
     for key in range(5):  # validation: the centre
         assert torch.equal(latent.without_chance()(view, key, 0)["latents"], torch.from_numpy(view.latents(0, False)))
 
@@ -144,8 +148,6 @@ def test_other_vaes_and_settings_are_refused_by_name(tmp_path, encode, source):
 def test_large_subjects_are_reduced_and_nothing_outside_them_shows(make_sample, encode):
     sample = make_sample(0, 96)
     inside = np.isin(sample.labels, [1, 2])
-    from dataclasses import replace
-
     from moa_train.data.views import record_of
 
     settings = ViewSettings(32, flips=False, subject_side=16)
