@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from moa_train.data.packing import write_shards
+from moa_train.data.repair import repair
 from moa_train.data.schema import BadSample, check_sample, decode_sample, encode_sample
 from moa_train.data.shards import ShardIndex, ShardReader
 from moa_train.data.validate import find_problems, index_folder
@@ -106,6 +107,11 @@ def test_a_silently_decodable_change_is_refused_and_named(folder):
     assert any(f"{SHARD} {key} its " in problem and "CRC-32" in problem for problem in find_problems(folder))
     with pytest.raises(BadSample, match=f"shard {SHARD}, key {key}: .* was changed since it was indexed"):
         ShardReader(ShardIndex.load(folder))[0]
+    count = len(ShardIndex.load(folder))
+    clean, report = repair(folder, folder.parent / "clean")
+    assert key not in {ShardReader(clean).read(number)[0] for number in range(len(clean))}
+    assert len(clean) == count - 1
+    assert report.told()["left_out"] == {"changed since it was indexed": 1}
 
 
 def test_truncation_at_and_inside_every_member(folder):

@@ -44,7 +44,8 @@ class Summary(pl.Callback):
                 logger.info("%s: %.4f", text, float(metrics[name]))
         if starved and inside is not None:
             logger.warning(
-                "STARVING ROUTER: R_0 inside the subject is %.3f (above %.1f), so the pictures show the prior, not the "
-                "subject: raise loss.router.warmup and optim.lr_scale.router, or lower loss.router.weight",
+                "STARVING ROUTER: R_0 inside the subject is %.3f (above %.1f): the personalized expert has little say. "
+                "If the identity gap is small, too, or the pictures show the prior's people: "
+                "raise loss.router.warmup and optim.lr_scale.router, or lower loss.router.weight",
                 float(inside), STARVED,
             )  # fmt: skip
