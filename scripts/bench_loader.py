@@ -46,6 +46,7 @@ LIMITS = {
     "two_workers_over_one": 1.8,
     "latents_over_pictures": 10.0,
     "stream_over_webdataset": 1.0,
+    "stream_over_sequential": 1.0,
     "first_batch_seconds": 2.0,
     "index_load_seconds": 1.0,
     "index_bytes": 200e6,
@@ -73,7 +74,10 @@ class Bench:
         self.index = write_shards(scenes, folder, "train", shard_bytes=16_000_000, image_format="jpg")
 
     def decode(self) -> dict[str, Any]:
-        """The whole way (decode, crop, masks, cut-outs, tokens) against Pillow's decode and resize alone."""
+        """The whole way (decode, crop, masks, cut-outs, tokens) against Pillow's decode and resize alone.
+
+        webdataset: its pipeline decodes and resizes the picture alone, too; sequential: it feeds the whole way.
+        """
         reader, urls = ShardReader(self.index), [str(path) for path in sorted((self.folder / "train").glob("*.tar"))]
         stream = self._batches(self.folder / "train")
         bare = iter(wds.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").repeat())
@@ -89,9 +93,12 @@ class Bench:
             for sample in islice(bare, self.batch):
                 np.asarray(sample["jpg"].convert("RGB").resize((RESOLUTION, RESOLUTION)))
 
+        urls_of_all = str(self.folder / "train" / "*.tar")
+        sequential = self._batches(urls_of_all, stream="sequential", shard_samples=self.index.shards[0].count)
         runs = {"stream": lambda: next(stream), "pillow": pillow, "webdataset": webdataset}
-        told = self._in_turns(runs)
+        told = self._in_turns(runs | {"sequential": lambda: next(sequential)})
         return told | {
+            "stream_over_sequential": _ratio(told, "sequential", "stream"),
             "stream_over_pillow": _ratio(told, "pillow", "stream"),
             "stream_over_webdataset": _ratio(told, "webdataset", "stream"),
         }
@@ -161,7 +168,7 @@ class Bench:
         chosen = {"num_workers": 0, "batch_size": self.batch, **settings}
         return MoADataModule(train, None, Words(), RESOLUTION, SUBJECT_SIZE, **chosen)
 
-    def _batches(self, train: Path, **settings: Any) -> Any:
+    def _batches(self, train: Path | str, **settings: Any) -> Any:
         return iter(self._module(train, **settings).train_dataloader())
 
     def _epochs(self, workers: int) -> None:

@@ -57,7 +57,7 @@ class ViewSettings:
     zoom: tuple[float, float] = (1.0, 1.0)
     pad: str = "none"
     hold_subjects: bool = False
-    subject_side: int = 256
+    subject_side: int = 224
 
     def __post_init__(self) -> None:
         by_chance = self.crop == "random" or tuple(self.zoom) != (1.0, 1.0)

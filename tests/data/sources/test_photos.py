@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from moa_train.data.schema import check_sample
+from moa_train.data.sources.annotators import Segmenter
 from moa_train.data.sources.grabcut import find_face, segment_people, segment_person
 from moa_train.data.sources.photos import PhotoSource, list_photos
 from moa_train.data.sources.pictures import as_rgb, read_photo
@@ -292,3 +293,21 @@ def test_two_people_have_masks_that_do_not_overlap():
     assert _overlap(left[:, :320], truth) > 0.8
     assert _overlap(right[:, 320:], truth) > 0.8
     assert len(segment_people(image, 1)) == 1
+
+
+def test_of_too_many_subjects_the_largest_stay_from_left_to_right(tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "crowd.png")
+    masks = [np.zeros((40, 60), dtype=bool) for _ in range(3)]
+    masks[0][:, 40:60], masks[1][:10, 30:35], masks[2][:, :15] = True, True, True
+    (path,) = list_photos(tmp_path)
+
+    class Given(Segmenter):
+        def __call__(self, image):
+            return masks
+
+    item = PhotoSource(tmp_path, [path], max_people=2, segmenter=Given("none"))[0]
+    labels = item.content.labels
+    assert sorted(np.unique(labels).tolist()) == [0, 1, 2]
+    np.testing.assert_array_equal(labels == 1, masks[2])
+    np.testing.assert_array_equal(labels == 2, masks[0])
+    assert any("max_people" in str(remark) for remark in item.remarks)

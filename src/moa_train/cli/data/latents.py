@@ -28,7 +28,7 @@ Encode pictures with a prior's VAE once, not in every training step. Writes a co
   resolution=512        side of a picture in pixels; training must have the same
   flips=true            store each view also mirrored: data.flip_probability needs it
   crops=1               views of each picture. More: crops=4 crop=random zoom=[1.0,1.3], and so in training
-  subject_side=256      subjects' pictures are stored up to this size in pixels, so that no picture is read in training
+  subject_side=224      subjects' pictures are stored up to this size in pixels; best the image encoder's input
   device=auto           cpu or cuda
 
 An interrupted run goes on at the shard where it stopped. Every setting with its meaning: configs/data_latents.yaml
