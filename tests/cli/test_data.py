@@ -1,32 +1,10 @@
 """`moa-data` as a person calls it."""
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from moa_train.cli.data import main
 from moa_train.data.shards import ShardIndex, ShardReader
-
-
-@pytest.fixture
-def moa_data(monkeypatch, capsys, tmp_path):
-    """Runs the command; gives back exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moa-data", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
-
 
 TOY = ("toy", "out=world", "train=6", "validation=3", "test=2", "size=32", "train_people=5", "held_out_people=4")
 

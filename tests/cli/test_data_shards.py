@@ -2,34 +2,14 @@
 
 import io
 import json
-import sys
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moa_train.cli.data import main
 from moa_train.data.schema import Sample, Segment, encode_sample
 from moa_train.data.shards import ShardIndex, ShardReader
-
-
-@pytest.fixture
-def moa_data(monkeypatch, capsys, tmp_path):
-    """Runs the command; gives back exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moa-data", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
 
 
 def _sample(number, noun="dog", area=36, offset=2):

@@ -1,35 +1,15 @@
 """`moa-data fastcomposer`, `photos` and `pack` as a person calls them."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from fastcomposer_layout import layout, picture, write_tar
-from moa_train.cli.data import main
 from moa_train.data.shards import ShardIndex, ShardReader
 
 README = Path(__file__).parents[2] / "data" / "README.md"
-
-
-@pytest.fixture
-def moa_data(monkeypatch, capsys, tmp_path):
-    """Runs the command; gives back exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moa-data", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
 
 
 def _keys(folder):
