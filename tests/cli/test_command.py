@@ -211,7 +211,7 @@ def test_a_mistake_found_while_running_is_one_line(call):
 
 
 def test_a_mistake_found_while_building_an_object_names_its_place(call, configs):
-    (configs / "optim" / "sgd.yaml").write_text("_target_: decimal.Decimal\nvalue: [1]\n")
+    (configs / "optim" / "sgd.yaml").write_text("_target_: moa_train.training.optim.Constant\nsteps: 1\n")
     code, _, err, _ = call("optim=sgd", run="run_instantiate")
     assert code == 2
     assert err.startswith("moa-train: error: optim: ")

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from moa_train.cli.schema import ArgumentError, Schema, nearest
+from moa_train.cli.targets import refuse_foreign_targets
 
 _KEY = re.compile(r"(\+\+?|~)?[\w./@:-]+")
 
@@ -77,7 +78,9 @@ class _CommandLine:
         for text, override in overrides.items():
             if override not in options:
                 overrides[text] = self._check_value(override, schema, groups)
-        missing = Schema(self._compose(list(overrides.values())), self.configs).missing()
+        composed = self._compose(list(overrides.values()))
+        refuse_foreign_targets(composed)
+        missing = Schema(composed, self.configs).missing()
         if missing and self.args.cfg is None and self.args.info is None:
             more = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
             raise ArgumentError(f"{missing[0]} is not given{more}: add {missing[0]}=VALUE; --help shows how")

@@ -182,6 +182,9 @@ def _build(cfg: DictConfig) -> Any:
     """What a node of the configuration describes, with plain lists and dicts."""
     from hydra.utils import instantiate
 
+    from moa_train.cli.targets import refuse_foreign_targets
+
+    refuse_foreign_targets(cfg)  # each job of a sweep, and configurations out of files, come by here
     return instantiate(cfg, _convert_="all")
 
 

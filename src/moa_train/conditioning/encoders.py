@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -126,8 +127,10 @@ def build_image_encoder(name: str, pretrained: str | None = None, trainable_laye
     """
     folder = Path(str(files("moa_train") / "assets" / "toy_prior" / "image_encoder")) if name == TOY else Path(name)
     try:
-        model = open_clip.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=pretrained)
-    except (RuntimeError, OSError, ValueError) as error:
+        model = open_clip.create_model(
+            f"local-dir:{folder}" if folder.is_dir() else name, pretrained=pretrained, weights_only=True
+        )
+    except (RuntimeError, OSError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"image encoder {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
     return ImageEncoder(model.visual, trainable_layers)

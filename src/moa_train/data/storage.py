@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -66,7 +67,13 @@ class Cache:
         return cls(Path(folder or DEFAULT_CACHE).expanduser(), gigabytes, patience or Patience())
 
     def path(self, url: str, sha256: str) -> Path:
-        """Where a file is kept, once it is."""
+        """Where a file is kept, once it is.
+
+        Raises:
+            ValueError: the hash, which comes from a file that may be anybody's, is none and could be a path.
+        """
+        if re.fullmatch("[0-9a-f]{64}", sha256) is None:
+            raise ValueError(f"{url}: {sha256!r} is not a SHA-256 of 64 hexadecimal digits; the index is damaged")
         return self.folder / f"{sha256[:32]}-{url.rsplit('/', 1)[-1]}"
 
     def open(self, url: str, sha256: str) -> int:
