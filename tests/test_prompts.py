@@ -52,7 +52,7 @@ def test_a_prompt_without_markers_is_left_alone():
 
 @pytest.mark.parametrize(
     "marked",
-    ["<1> a man", "a man, <1>", "a man <1> <2>", "a man <2>", "a man <0>", "a man <1> and a woman <1>", "a man <10>"],
+    ["<1> a man", "a man, <1>", "a man <1> <2>", "a man <2>", "a man <0>", "a man <1> <1>", "a man <10>"],
 )
 def test_prompts_that_mark_no_clear_noun_are_refused(marked):
     with pytest.raises(ValueError, match=r"marks subjects|no noun of its own"):
@@ -110,6 +110,15 @@ def test_ids_are_those_of_clip_and_positions_point_at_the_last_piece_of_each_nou
     assert result.present.tolist() == [slot in expected for slot in range(3)]
     assert {slot: piece(result.ids, result.positions[slot]) for slot in expected} == expected
     assert (result.positions[~result.present] == 0).all()
+
+
+def test_a_subject_at_two_nouns_has_a_slot_at_each_beside_those_of_the_others(tokenizer):
+    prompt = parse_prompt("a man <1>, a woman <2> and his twin, a boy <1>")
+    assert (prompt.count, prompt.owners) == (2, (0, 0, 1))
+    result = tokenize(tokenizer, prompt, slots=3)
+    assert [piece(result.ids, position) for position in result.positions] == ["man", "boy", "woman"]
+    with pytest.raises(ValueError, match="marks 3 subjects, max_subjects is 2"):
+        tokenize(tokenizer, prompt, slots=2)
 
 
 def test_a_long_prompt_keeps_its_end_token_and_its_early_nouns(tokenizer):

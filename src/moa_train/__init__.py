@@ -7,14 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moa_train.inference.pipeline import MoAPipeline
+    from moa_train.inference.pipeline import MoAControlNetPipeline, MoAPipeline
+    from moa_train.inference.subjects import Views
     from moa_train.model.unet import add_moa, personalized_state_dict, remove_moa
 
 __version__ = "0.1.0"
-__all__ = ["MoAPipeline", "add_moa", "remove_moa", "personalized_state_dict", "__version__"]
+__all__ = [
+    "MoAControlNetPipeline",
+    "MoAPipeline",
+    "Views",
+    "__version__",
+    "add_moa",
+    "personalized_state_dict",
+    "remove_moa",
+]
 
 _HOME = {
+    "MoAControlNetPipeline": "moa_train.inference.pipeline",
     "MoAPipeline": "moa_train.inference.pipeline",
+    "Views": "moa_train.inference.subjects",
     "add_moa": "moa_train.model.unet",
     "remove_moa": "moa_train.model.unet",
     "personalized_state_dict": "moa_train.model.unet",

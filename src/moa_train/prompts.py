@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 class Prompt:
     """A prompt without markers, and which of its nouns stand for subjects.
 
-    text: what is tokenised. subjects: 0-based subject slot of each mark, in order of appearance.
+    text: what is tokenised. subjects: 0-based subject of each mark, in order of appearance; one may recur.
     spans: start and end of each marked noun in `text`, in the same order.
     """
 
@@ -38,10 +38,20 @@ class Prompt:
     subjects: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
+    @property
+    def count(self) -> int:
+        """Number of different subjects."""
+        return len(set(self.subjects))
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The subject of each slot of `tokenize`: a slot is a marked noun, by subject, then in order of appearance."""
+        return tuple(sorted(self.subjects))
+
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """Token ids of a prompt, and for each subject slot the last token of its noun (0 where not present)."""
+    """Token ids of a prompt, and for each slot of `Prompt.owners` the last token of its noun (0 where not present)."""
 
     ids: Int[Tensor, " k"]
     positions: Int[Tensor, " s"]
@@ -49,10 +59,10 @@ class TokenizedPrompt:
 
 
 def parse_prompt(marked: str) -> Prompt:
-    """Take the markers `<1>` ... `<9>` out of a prompt; each marks the word before it as the noun of that subject.
+    """Take the markers `<1>` ... `<9>` out of a prompt; each marks the word before it as a noun of that subject.
 
     Raises:
-        ValueError: a marker without a word of its own before it, a number used twice, a gap in the numbers.
+        ValueError: a marker without a word of its own before it, a gap in the numbers.
     """
     text, rest = "", 0
     subjects: list[int] = []
@@ -67,9 +77,9 @@ def parse_prompt(marked: str) -> Prompt:
         spans.append((noun.start(), len(text)))
         if marked[rest : rest + 1].isalnum():
             text += " "
-    numbers = [subject + 1 for subject in subjects]
-    if sorted(numbers) != list(range(1, len(numbers) + 1)) or len(numbers) > 9:
-        raise ValueError(f"{marked!r} marks subjects {numbers}: number them 1, 2, ... up to 9, each once")
+    numbers = sorted({subject + 1 for subject in subjects})
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > 9:
+        raise ValueError(f"{marked!r} marks subjects {numbers}: number them 1, 2, ... up to 9, without a gap")
     return Prompt(text + marked[rest:], tuple(subjects), tuple(spans))
 
 
@@ -98,7 +108,7 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt, slots: int) -> TokenizedPromp
     """Encode a prompt to the tokenizer's full length, and find the last token of each marked noun.
 
     Raises:
-        ValueError: more subjects than slots, or a noun behind the tokenizer's last token.
+        ValueError: more marked nouns than slots, or a noun behind the tokenizer's last token.
     """
     length = tokenizer.model_max_length
     if length > _MAX_LENGTH:
@@ -107,11 +117,11 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt, slots: int) -> TokenizedPromp
         raise ValueError(f"{prompt.text!r} marks {len(prompt.subjects)} subjects, max_subjects is {slots}: raise it")
     ids = tokenizer(prompt.text, padding="max_length", max_length=length, truncation=True).input_ids
     positions, present = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.bool)
-    for slot, (start, end) in zip(prompt.subjects, prompt.spans, strict=True):
+    for slot, (subject, (start, end)) in enumerate(sorted(zip(prompt.subjects, prompt.spans, strict=True))):
         # CLIP splits words before it applies BPE, so the tokens up to a word's end do not depend on what follows.
         position = len(tokenizer(prompt.text[:end], add_special_tokens=False).input_ids)
         if position >= length - 1:
             noun = prompt.text[start:end]
-            raise ValueError(f"the noun {noun!r} <{slot + 1}> is token {position} of {length}: shorten the prompt")
+            raise ValueError(f"the noun {noun!r} <{subject + 1}> is token {position} of {length}: shorten the prompt")
         positions[slot], present[slot] = position, True
     return TokenizedPrompt(torch.tensor(ids), positions, present)

@@ -6,36 +6,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 
+from drawing import PLAIN, PROMPT, TWO, close, make, seeded, vanilla
 from moa_train.inference.pipeline import MoAPipeline
 from moa_train.inference.subjects import subject_pixels
 from moa_train.model.unet import add_moa
-
-PROMPT = "a photo of a man <1> at the beach"
-PLAIN = "a photo of a man at the beach"
-TWO = "a man <1> and a woman <2> in the forest"
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def make(pipe, prompt, subjects=(), seeds=(0,), **options):
-    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np", **options}
-    return pipe(prompt, subjects, generator=seeded(*seeds), **options).images
-
-
-def close(first, second, tolerance=1e-5):
-    return np.abs(first - second).max() <= tolerance
-
-
-def vanilla(prior):
-    pipe = StableDiffusionPipeline(
-        prior.vae, prior.text_encoder, prior.tokenizer, prior.unet, prior.scheduler, None, None, None, False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -153,8 +129,14 @@ def test_routing_is_a_mean_over_layers_and_steps(pipe, photo):
     layers = list(routing.layers)
     assert routing.steps.shape == (2, 1, 8, 8)
     assert len(layers) == 14
+    assert {len(maps) for maps in routing.layer_steps.values()} == {2}
     assert routing.timesteps == tuple(sorted(routing.timesteps, reverse=True))
     assert torch.allclose(routing.mean, routing.steps.mean(0), atol=1e-6)
+    assert all(torch.equal(routing.layers[name], maps.mean(0)) for name, maps in routing.layer_steps.items())
+    for step in range(2):
+        maps = [routing.layer_steps[name][step][:, None] for name in layers[2:-2]]
+        resized = [torch.nn.functional.interpolate(x, (8, 8), mode="bilinear")[:, 0] for x in maps]
+        assert torch.allclose(routing.steps[step], torch.stack(resized).mean(0), atol=1e-5)
     kept = [routing.layers[name] for name in layers[2:-2]]
     resized = [torch.nn.functional.interpolate(x[:, None], (8, 8), mode="bilinear")[:, 0] for x in kept]
     assert torch.allclose(routing.mean, torch.stack(resized).mean(0), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Which pixels the personalized expert drew: routing maps of one generation, averaged and by layer and step."""
+"""Which pixels the personalized expert drew: routing maps of one generation, by layer and step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from moa_train.symbols import PERSONALIZED, Observations
 class Routing:
     """R_1, the personalized expert's share in [0, 1], one row a picture, on the CPU in float32.
 
-    mean: over all steps and the layers of the router loss (the first and last two are left out), latent resolution.
-    steps: the same by step (axis t, in order of generation), mean over those layers.
-    layers: by layer, each at its own resolution, mean over steps.
+    steps: by step (axis t, in order of generation), mean over the layers of the router loss (the first and last two are
+        left out), at latent resolution.
+    layer_steps: by layer (in order of execution) and step, each layer at its own resolution.
     timesteps: the diffusion timestep of each step.
     """
 
-    mean: Float[Tensor, "b h w"]
     steps: Float[Tensor, "t b h w"]
-    layers: dict[str, Tensor]
+    layer_steps: dict[str, Tensor]
     timesteps: tuple[int, ...]
+
+    @property
+    def mean(self) -> Float[Tensor, "b h w"]:
+        """`steps`, averaged over all of them."""
+        return self.steps.mean(dim=0)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """Mean over steps of each layer, (b, h, w) at the layer's own resolution."""
+        return {layer: maps.mean(dim=0) for layer, maps in self.layer_steps.items()}
 
 
 class RoutingRecorder:
@@ -35,7 +44,7 @@ class RoutingRecorder:
     def __init__(self) -> None:
         """Start empty."""
         self._steps: list[Tensor] = []
-        self._layers: dict[str, Tensor] = {}
+        self._layers: dict[str, list[Tensor]] = {}
         self._timesteps: list[Tensor | int] = []
 
     def add(self, observations: Observations, timestep: Tensor | int, size: tuple[int, int]) -> None:
@@ -46,12 +55,11 @@ class RoutingRecorder:
         for layer, routing in observations.routing.items():
             height, width = observations.sizes[layer]
             share = rearrange(routing[..., PERSONALIZED].float(), "b (h w) -> b h w", h=height, w=width)
-            self._layers[layer] = self._layers[layer] + share if layer in self._layers else share
+            self._layers.setdefault(layer, []).append(share)
 
     def result(self) -> Routing | None:
         """The record, or None if no step was seen."""
         if not self._steps:
             return None
-        steps = torch.stack(self._steps).cpu()
-        layers = {layer: (total / len(self._steps)).cpu() for layer, total in self._layers.items()}
-        return Routing(steps.mean(dim=0), steps, layers, tuple(int(t) for t in self._timesteps))
+        layers = {layer: torch.stack(maps).cpu() for layer, maps in self._layers.items()}
+        return Routing(torch.stack(self._steps).cpu(), layers, tuple(int(t) for t in self._timesteps))

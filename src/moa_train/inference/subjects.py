@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,9 +16,29 @@ from torch import Tensor
 from moa_train.data.cutout import cut_out
 from moa_train.prompts import Prompt
 
+
+@dataclass(frozen=True)
+class Views:
+    """Several pictures of one subject: the mean of their image features stands for it.
+
+    pictures: each as a subject by itself would be given; at least one. A list among `subjects` means something else (a
+    prompt's own subjects), and a pair means a photo with its mask, hence this name.
+    """
+
+    pictures: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        """Refuse an empty list, and a single picture in the place of a list."""
+        if not isinstance(self.pictures, (list, tuple)) or not self.pictures:
+            raise ValueError(
+                "Views holds the pictures of one subject: give a list of at least one, Views([photo, photo])"
+            )
+
+
 Picture: TypeAlias = Image.Image | str | Path | np.ndarray
-Subject: TypeAlias = Picture | tuple[Picture, Any] | Tensor
-"""A photo (its alpha channel is the mask; without one the person is found), a pair (photo, mask), or a cut-out."""
+Subject: TypeAlias = Picture | tuple[Picture, Any] | Tensor | Views
+"""A photo (its alpha channel is the mask; without one the person is found), a pair (photo, mask), a cut-out (3, r, r),
+an image feature (f), or several of these as `Views`."""
 
 
 def subjects_of_each(prompts: Sequence[Prompt], subjects: Sequence[Any]) -> list[list[Subject]]:
@@ -33,9 +54,9 @@ def subjects_of_each(prompts: Sequence[Prompt], subjects: Sequence[Any]) -> list
         raise ValueError(f"{len(subjects)} lists of subjects were given for {len(prompts)} prompts: give one each")
     chosen = [list(subjects[row]) if own else list(subjects) for row in range(len(prompts))]
     for prompt, given in zip(prompts, chosen, strict=True):
-        if len(given) != len(prompt.subjects):
+        if len(given) != prompt.count:
             raise ValueError(
-                f'"{prompt.text}" marks {len(prompt.subjects)} subjects and {len(given)} were given: '
+                f'"{prompt.text}" marks {prompt.count} subjects and {len(given)} were given: '
                 "write <1>, <2> ... behind their nouns and give one photo each"
             )
     if any(chosen) and not all(chosen):
@@ -43,7 +64,9 @@ def subjects_of_each(prompts: Sequence[Prompt], subjects: Sequence[Any]) -> list
     return chosen
 
 
-def subject_pixels(subject: Subject, size: int, background: str = "noise") -> Float[Tensor, "3 r r"]:
+def subject_pixels(
+    subject: Picture | tuple[Picture, Any] | Tensor, size: int, background: str = "noise"
+) -> Float[Tensor, "3 r r"]:
     """Cut a subject out of its picture; the same subject always gives the same numbers.
 
     Args:
