@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from moa_train.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints, step_files
+from moa_train.training.callbacks.checkpoint import Checkpoints
 from moa_train.training.callbacks.ema import ExponentialMovingAverage
 from moa_train.training.callbacks.finite import FiniteLoss, NonFiniteLoss
 from moa_train.training.callbacks.progress import duration
@@ -22,6 +22,8 @@ from moa_train.training.callbacks.sample_log import HEADER, keep_until
 from moa_train.training.callbacks.summary import Summary
 from moa_train.training.metrics_csv import MetricsCSV, read_rows
 from moa_train.training.module import MoAModule
+from moa_train.training.resume import step_files
+from moa_train.training.writer import CheckpointWriter
 from tiny import load
 
 
@@ -95,7 +97,7 @@ def test_a_checkpoint_without_an_average_is_refused():
 
 
 def test_only_the_latest_checkpoints_are_kept_and_last_is_the_newest(finished):
-    assert [path.name for path in step_files(finished / "checkpoints")] == ["step=000003.ckpt", "step=000004.ckpt"]
+    assert list(step_files(finished / "checkpoints")) == [3, 4]
     assert load(finished)["global_step"] == 4
     assert load(finished, "step=000003.ckpt")["global_step"] == 3
     assert not list((finished / "checkpoints").glob("*tmp*"))
@@ -103,21 +105,21 @@ def test_only_the_latest_checkpoints_are_kept_and_last_is_the_newest(finished):
 
 KILLED_IN_SAVE = """
 import os, signal, sys, torch
-from moa_train.training.callbacks.checkpoint import AtomicCheckpointIO
+from moa_train.training.writer import CheckpointWriter
 save = torch.save
-def torn(value, path):
-    save(value, path)
-    with open(path, "r+b") as file:
-        file.truncate(100)
+def torn(value, opened):
+    save(value, opened)
+    opened.flush()
+    os.truncate(opened.file.name, 100)
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = torn
-AtomicCheckpointIO().save_checkpoint({"step": 2}, sys.argv[1])
+CheckpointWriter().save_checkpoint({"step": 2}, sys.argv[1])
 """
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    CheckpointWriter().save_checkpoint({"step": 1}, path)
     killed = subprocess.run([sys.executable, "-c", KILLED_IN_SAVE, str(path)], check=False)
     assert killed.returncode == -9
     assert torch.load(path, weights_only=True) == {"step": 1}

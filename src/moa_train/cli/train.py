@@ -57,6 +57,7 @@ def run(cfg: DictConfig) -> None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from moa_train.cli.runs import logged_to, open_run, refuse_sweep_of_ranks, tell_ranks
+    from moa_train.training.resume import check_resumable
 
     refuse_sweep_of_ranks(cfg)
     chosen = open_run(cfg)
@@ -71,6 +72,8 @@ def run(cfg: DictConfig) -> None:
         prior, module = build_module(cfg)
         datamodule = _build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
         datamodule.check_latents(module.codec.identity)
+        if chosen.checkpoint is not None:
+            check_resumable(chosen.checkpoint, module)
         trainer = build_trainer(cfg, prior)
         if trainer.world_size > 1:
             tell_ranks(chosen.folder)
@@ -135,7 +138,9 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
 
 def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     """The trainer with its callbacks and loggers."""
-    from moa_train.training.callbacks.checkpoint import AtomicCheckpointIO
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
+    from moa_train.training.writer import CheckpointWriter
 
     callbacks = [_build(callback) for callback in cfg.callbacks.values() if callback is not None]
     callbacks = [
@@ -146,7 +151,10 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     validation: dict[str, Any] = {"limit_val_batches": 0}
     if cfg.validate_every is not None:  # Lightning counts micro-batches
         validation = {"val_check_interval": cfg.validate_every * cfg.trainer.accumulate_grad_batches}
-    return _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], **validation)
+    plugins: list[Any] = [CheckpointWriter()]
+    if SLURMEnvironment.detect():  # Lightning's own requeueing would resume from a file of its own
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
 
 
 def _pipeline(prior: Prior) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moa_train.checkpoint import export_personalized
 from moa_train.training.callbacks import ema
-from moa_train.training.module import CHECKPOINT_VERSION
+from moa_train.training.resume import read_checkpoint
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _UNET = "denoiser.unet."
@@ -35,22 +33,6 @@ def export_checkpoint(path: Path, out: Path, dtype: str = "float16", averaged: b
     tensors = {name.removeprefix(_UNET): value.to(DTYPES[dtype]) for name, value in state.items()}
     export_personalized(out, tensors, metadata)
     return int(checkpoint["global_step"])
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of `moa-train`, without running code from the file.
-
-    Raises:
-        ValueError: damaged, or not one of this project.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of moa-train ({type(error).__name__})") from error
-    about = checkpoint.get("moa_train") if isinstance(checkpoint, dict) else None
-    if about is None or about.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} is not a checkpoint of moa-train that this version reads")
-    return checkpoint
 
 
 def push_to_hub(file: Path, repository: str) -> str:

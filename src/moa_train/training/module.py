@@ -120,15 +120,9 @@ class MoAModule(pl.LightningModule):
         """Loads exactly the trained tensors.
 
         Raises:
-            ValueError: the state lacks a trained tensor, or holds one that does not train here.
+            ValueError: the state lacks a trained tensor, or holds one that does not train here or has another shape.
         """
-        expected = set(self.state_dict())
-        missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
-        if missing or unknown:
-            raise ValueError(
-                f"the checkpoint does not fit this model: it lacks {len(missing)} trained tensors {missing[:2]} and "
-                f"holds {len(unknown)} unknown ones {unknown[:2]}; train with the model= and image_encoder= of that run"
-            )
+        check_tensors(state_dict, self.state_dict())
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def setup(self, stage: str) -> None:
@@ -265,14 +259,32 @@ def _send(drawn: Tensor, device: torch.device) -> Tensor:
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
+def check_format(checkpoint: Any) -> None:
+    """Raises ValueError unless `checkpoint` is of this project and of the format that this version reads."""
+    found = checkpoint.get("moa_train") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(
+            f"not a checkpoint of moa-train that this version reads (expected format {CHECKPOINT_VERSION}, "
+            f"found {found.get('version') if isinstance(found, Mapping) else 'none'})"
+        )
+
+
+def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the saved tensors have exactly the expected names and shapes."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    reshaped = [name for name in expected if name in given and given[name].shape != expected[name].shape]
+    if missing or unknown or reshaped:
+        raise ValueError(
+            f"the checkpoint does not fit this model: it lacks {len(missing)} trained tensors {missing[:2]}, holds "
+            f"{len(unknown)} unknown ones {unknown[:2]} and {len(reshaped)} of another shape {reshaped[:2]}; train "
+            "with the model= and image_encoder= of that run"
+        )
+
+
 def check_prior(checkpoint: Mapping[str, Any], prior: Mapping[str, Any]) -> None:
     """Raises ValueError unless `checkpoint` was trained on the prior whose identity is given."""
-    found = checkpoint.get("moa_train")
-    if found is None or found.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(
-            f"not a checkpoint of moa-train that this version reads (expected version {CHECKPOINT_VERSION}, "
-            f"found {None if found is None else found.get('version')})"
-        )
+    check_format(checkpoint)
+    found = checkpoint["moa_train"]
     different = sorted(key for key in {*found["prior"], *prior} if found["prior"].get(key) != prior.get(key))
     if [key for key in different if key != "name"]:
         raise ValueError(

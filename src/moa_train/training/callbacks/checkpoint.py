@@ -1,54 +1,55 @@
-"""Checkpoints: written atomically at optimizer steps and when a signal asks the run to stop."""
+"""Checkpoints: which are written when, which are kept, and what happens when one cannot be written."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning.callbacks import Checkpoint
 
 from moa_train.checkpoint import atomic_write
+from moa_train.training.callbacks.signals import Interrupted, StopSignals
 from moa_train.training.callbacks.steps import StepCallback, every
 from moa_train.training.module import MoAModule
+from moa_train.training.ranks import Agreement
+from moa_train.training.resume import LAST, step_files
+from moa_train.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
-LAST = "last.ckpt"
-_STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
+ON_ERROR = ("stop", "continue")
+MODES = {"max": 1.0, "min": -1.0}
+_BEST_FILE = re.compile(r"best-step=\d+-(.+)=(-?[\d.e+-]+)\.ckpt")
 
 
-class Interrupted(SystemExit):
-    """A signal ended the run after its checkpoint was saved; the exit code is 128 + the signal's number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Torch files that are either the old one or the new one, whatever kills the writer."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
+class CheckpointNotWritten(OSError):
+    """The file system refused a checkpoint; those from before are as they were."""
 
 
 class Checkpoints(StepCallback, Checkpoint):
-    """Keeps `last.ckpt` and the latest few `step=000123.ckpt`; on SIGTERM or SIGINT saves `last.ckpt` and ends the run.
+    """Keeps `last.ckpt`, the latest few `step=000123.ckpt`, some for ever, and the best one by a metric.
+
+    On SIGTERM, SIGINT or SIGUSR1 to any rank, saves at the end of the step and ends the run.
 
     Args:
         directory: where the files are.
         every_n_steps: optimizer steps between two saves; None: only at the end and on a signal.
         keep: how many `step=...` files to keep; None: all, 0: none.
+        keep_every_n_steps: files of these steps are kept for ever; None: none is.
+        monitor: number of a validation by which the best checkpoint is kept beside the others; None: none is.
+        mode: "max" or "min": which values of `monitor` are better.
+        asynchronous: the run goes on while a copy of its state is written.
+        on_error: "stop" or "continue" when a checkpoint cannot be written.
         signal_every_n_steps: with several ranks, optimizer steps until a signal to one of them is known to all.
     """
 
@@ -57,32 +58,68 @@ class Checkpoints(StepCallback, Checkpoint):
         directory: str | Path,
         every_n_steps: int | None = 500,
         keep: int | None = 3,
-        signal_every_n_steps: int = 10,
+        keep_every_n_steps: int | None = None,
+        monitor: str | None = "val/identity_gap",
+        mode: str = "max",
+        asynchronous: bool = False,
+        on_error: str = "stop",
+        signal_every_n_steps: int = 1,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoint.every_n_steps={every_n_steps}: expected at least 1, or null")
+        key = "callbacks.checkpoint"
+        for name, value in (("every_n_steps", every_n_steps), ("signal_every_n_steps", signal_every_n_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{key}.{name}={value}: expected at least 1")
         if keep is not None and keep < 0:
-            raise ValueError(f"callbacks.checkpoint.keep={keep}: expected at least 0, or null for all")
+            raise ValueError(f"{key}.keep={keep}: expected at least 0, or null for all")
+        if keep_every_n_steps is not None and (not every_n_steps or keep_every_n_steps % every_n_steps):
+            raise ValueError(
+                f"{key}.keep_every_n_steps={keep_every_n_steps}: expected a multiple of every_n_steps={every_n_steps}, "
+                "at which checkpoints are written"
+            )
+        for name, given, choices in (("mode", mode, tuple(MODES)), ("on_error", on_error, ON_ERROR)):
+            if given not in choices:
+                raise ValueError(f"{key}.{name}={given}: expected one of {', '.join(choices)}")
         self.directory = Path(directory)
-        self.every_n_steps = every_n_steps
-        self.keep = keep
+        self.every_n_steps, self.keep, self.keep_every_n_steps = every_n_steps, keep, keep_every_n_steps
+        self.monitor, self.sign, self.best = monitor, MODES[mode], -math.inf
+        self.asynchronous, self.on_error = asynchronous, on_error
         self.signal_every_n_steps = signal_every_n_steps
-        self._signal = 0
+        self.writer = CheckpointWriter()
+        self.signals = StopSignals()
         self._stop_by = 0
         self._saved_at = -1
-        self._previous: dict[int, Any] = {}
 
     # ------------------------------------------------------------------------------------------------------- saving
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = trainer.global_step if trainer.ckpt_path else -1
+        self._agreement = Agreement(trainer)
+        if isinstance(trainer.strategy.checkpoint_io, CheckpointWriter):
+            self.writer = trainer.strategy.checkpoint_io
+        self.writer.asynchronous = self.asynchronous
+        if trainer.is_global_zero:
+            for torn in self.directory.glob(".*.tmp"):  # of a process that was killed while it wrote
+                torn.unlink()
+            self.best = self._best_on_disk()
+        self.signals.listen()
+
     def after_step(self, trainer: pl.Trainer, module: MoAModule, step: int) -> None:  # type: ignore[override]
         if every(step, self.every_n_steps) or step == trainer.max_steps:
             self.save(trainer, module)
-        signum = self._agreed_signal(trainer, step)
+        if trainer.world_size > 1 and not every(step, self.signal_every_n_steps):
+            return
+        failure = self.writer.failure()
+        signum, failed = self._agreement.largest(self.signals.seen, failure is not None)
+        if failed:
+            self._saved_at, self.best = -1, self._best_on_disk()
+            self._tell(failure, stop=self.on_error == "stop" and not signum)
         if signum:
             self.save(trainer, module)
+            self._finish_writing(stop=False)
             self._stop_by = signum
 
     def save(self, trainer: pl.Trainer, module: MoAModule) -> None:
-        """Writes `last.ckpt`, and a link to it under the step's name.
+        """Writes `last.ckpt`, and a link to it under the step's name; every rank calls it at the same step.
 
         Raises:
             ValueError: a trained weight is not finite; the files on disk stay.
@@ -91,25 +128,57 @@ class Checkpoints(StepCallback, Checkpoint):
         if step == self._saved_at:
             return
         _check_finite(module, step)
-        last = self.directory / LAST
-        trainer.save_checkpoint(last)
-        if trainer.is_global_zero and self.keep != 0:
-            _link(last, self.directory / f"step={step:06d}.ckpt")
-            self._remove_old()
+        trainer.save_checkpoint(self.directory / LAST)
+        if trainer.is_global_zero:
+            self.writer.then(partial(self._keep, step))
         self._saved_at = step
 
-    def _remove_old(self) -> None:
-        if self.keep is not None:
-            for path in step_files(self.directory)[: -self.keep]:
-                path.unlink()
+    def _keep(self, step: int) -> None:
+        """Names the file that was just written after its step, then removes those that are not to be kept."""
+        if self.keep != 0 or every(step, self.keep_every_n_steps):
+            link(self.directory / LAST, self.directory / f"step={step:06d}.ckpt")
+        if self.keep is None:
+            return
+        until_now = [other for other in step_files(self.directory) if other <= step]  # later ones: before a resume
+        for old in until_now[: len(until_now) - self.keep]:
+            if not every(old, self.keep_every_n_steps):
+                (self.directory / f"step={old:06d}.ckpt").unlink()
 
-    # ------------------------------------------------------------------------------------------------------ signals
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._saved_at = trainer.global_step if trainer.ckpt_path else -1
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._note)
+    # --------------------------------------------------------------------------------------------------------- best
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: MoAModule) -> None:  # type: ignore[override]
+        """Saves and links the checkpoint of this step where `monitor` is better than ever."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor}: a validation gives {known}")
+        score = self.sign * float(trainer.callback_metrics[self.monitor])
+        if trainer.strategy.broadcast(score > self.best):
+            self.best = score
+            self.save(trainer, pl_module)
+            if trainer.is_global_zero:
+                self.writer.then(partial(self._keep_best, trainer.global_step, score))
 
+    def _keep_best(self, step: int, score: float) -> None:
+        before = self._best_files()
+        name = str(self.monitor).replace("/", "_")
+        best = self.directory / f"best-step={step:06d}-{name}={self.sign * score:.6g}.ckpt"
+        link(self.directory / LAST, best)
+        for old in before:
+            if old != best:
+                old.unlink()
+        logger.info("best %s so far: %s", self.monitor, best)
+
+    def _best_files(self) -> dict[Path, float]:
+        """The best checkpoint by `monitor` with its score; two, if a kill came before the old one was removed."""
+        name = str(self.monitor).replace("/", "_")
+        found = {path: _BEST_FILE.fullmatch(path.name) for path in self.directory.glob("best-*.ckpt")}
+        return {path: self.sign * float(match[2]) for path, match in found.items() if match and match[1] == name}
+
+    def _best_on_disk(self) -> float:
+        return max(self._best_files().values(), default=-math.inf)
+
+    # ------------------------------------------------------------------------------------------- failures and signals
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -121,42 +190,43 @@ class Checkpoints(StepCallback, Checkpoint):
         if self._stop_by:
             name = signal.Signals(self._stop_by).name
             logger.warning("stopped by %s at step %d; resume with ckpt=last", name, trainer.global_step)
-            raise Interrupted(self._stop_by)
+            # Lightning's launcher kills its main process, the first rank, when another one fails before it ends
+            launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)  # type: ignore[attr-defined]
+            raise Interrupted(self._stop_by, 0 if launched and trainer.local_rank > 0 else None)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        """The first signal asks for an orderly end; a second one of SIGINT ends at once."""
-        if self._signal and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = signum
-
-    def _agreed_signal(self, trainer: pl.Trainer, step: int) -> int:
-        """The signal that any rank got, known to all ranks at the same step."""
-        if trainer.world_size == 1:
-            return self._signal
-        if not every(step, self.signal_every_n_steps):
-            return 0
-        told = torch.tensor(self._signal, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        return int(told)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore_handlers()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: MoAModule) -> None:  # type: ignore[override]
+        """A run whose last state is not on the disk has not ended well, whatever `on_error` says."""
+        self.save(trainer, pl_module)  # unless it is saved: once more, where the disk was full
+        self._finish_writing(stop=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
+        self.writer.wait()
+        failure = self.writer.failure()
+        if failure is not None:
+            self._tell(failure, stop=False)
 
-    def _restore_handlers(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
+    def _finish_writing(self, stop: bool) -> None:
+        """Waits, on all ranks, until the first one has written everything."""
+        self.writer.wait()
+        failure = self.writer.failure()
+        if self._agreement.largest(failure is not None)[0]:
+            self._tell(failure, stop)
 
-
-def step_files(directory: Path) -> list[Path]:
-    """The `step=...` checkpoints of a folder in order of their steps."""
-    found = [
-        (int(match[1]), path) for path in directory.glob("step=*.ckpt") if (match := _STEP_FILE.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    def _tell(self, failure: BaseException | None, stop: bool) -> None:
+        """Says that a checkpoint is missing; the ranks that do not write have no `failure` to tell."""
+        if failure is not None and not isinstance(failure, OSError):
+            raise failure
+        newest = next(reversed(step_files(self.directory).values()), self.directory / LAST)
+        text = (
+            f"no checkpoint written to {self.directory} ({failure or 'the first rank tells why'}); "
+            + (f"the newest whole one is {newest}" if newest.exists() else "there is none yet")
+        )  # fmt: skip
+        if stop:
+            raise CheckpointNotWritten(
+                f"{text}: make room and resume with ckpt=last, or callbacks.checkpoint.on_error=continue"
+            )
+        if failure is not None:
+            logger.error("%s; training goes on", text)
 
 
 def _check_finite(module: MoAModule, step: int) -> None:
@@ -170,7 +240,7 @@ def _check_finite(module: MoAModule, step: int) -> None:
         )
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Gives a finished file a second name, without its bytes a second time where the file system can."""
 
     def link_or_copy(temporary: Path) -> None:
