@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -68,6 +69,29 @@ def ranks(
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@dataclass(frozen=True)
+class SignalAt:
+    """A hook: these ranks get a signal right after an optimizer step, before anything else happens."""
+
+    step: int
+    signum: int
+    ranks: tuple[int, ...] = (0,)
+
+    def __call__(self) -> None:
+        from moa_train.training.callbacks.sample_log import SampleLog
+
+        if int(os.environ.get("RANK", "0")) not in self.ranks:
+            return
+        log = SampleLog.after_step
+
+        def log_and_signal(callback: SampleLog, trainer: Any, module: Any, step: int) -> None:
+            log(callback, trainer, module, step)
+            if step == self.step:
+                os.kill(os.getpid(), self.signum)
+
+        SampleLog.after_step = log_and_signal  # type: ignore[method-assign]
 
 
 def free_port() -> int:

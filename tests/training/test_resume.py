@@ -11,6 +11,7 @@ import torch
 
 from moa_train.cli.train import main
 from moa_train.training.metrics_csv import read_rows
+from processes import free_port
 from tiny import load
 
 STEPS = (
@@ -20,6 +21,11 @@ STEPS = (
     "callbacks.checkpoint.every_n_steps=2",
     "optim=adamw_cosine",
     "optim.schedule.warmup_steps=2",
+)
+
+PICTURES = (
+    "callbacks.samples={_target_: moa_train.training.callbacks.samples.SamplePictures, _partial_: true, "
+    "directory: ${run_dir}, every_n_steps: 3, number: 1, steps: 1, guidance: 1.0, seed: 0}"
 )
 
 SIGNALLED = """
@@ -102,12 +108,14 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_samples_and_nearly
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(world, tmp_path):
-    settings = ("max_steps=3", "optim.lr=1e-4", "validate_every=3")
+    """With accumulation, recomputed activations and the average of the weights; pictures by the first rank alone."""
+    settings = ("max_steps=3", "optim.lr=1e-4", "validate_every=3", "gradient_checkpointing=true")
     alone = world.train(tmp_path / "alone", *settings)
     shared = tmp_path / "shared"
-    ranks = ("trainer.strategy=ddp", "trainer.devices=2", "data.batch_size=2", f"run_dir={shared}")
-    command = [sys.executable, "-m", "moa_train.train", *world.overrides(*settings, *ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    parts = ("trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2", PICTURES)
+    launched = world.overrides(*settings, "trainer=ddp", "trainer.accelerator=cpu", *parts, f"run_dir={shared}")
+    command = [sys.executable, "-m", "moa_train.train", *launched]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     logs = [
         read_rows(folder / f"sample_log{rank}.csv") for folder, rank in ((alone, ""), (shared, ""), (shared, ".rank1"))
@@ -115,10 +123,19 @@ def test_two_ranks_take_the_steps_of_one(world, tmp_path):
     for whole, first, second in zip(*logs, strict=True):
         samples = whole["samples"].split()
         assert [first["samples"].split(), second["samples"].split()] == [samples[::2], samples[1::2]]
-    for name, value in load(alone)["state_dict"].items():
-        assert torch.allclose(load(shared)["state_dict"][name], value, atol=2e-5), name
+    given, expected = load(shared), load(alone)
+    for name, value in expected["state_dict"].items():
+        assert torch.allclose(given["state_dict"][name], value, atol=2e-5), name
+        assert torch.allclose(given["ema"]["average"][name], expected["ema"]["average"][name], atol=2e-5), name
     gaps = [float(read_rows(folder / "metrics.csv")[-1]["val/masked"]) for folder in (alone, shared)]
     assert gaps[0] == pytest.approx(gaps[1], rel=1e-3)
+    first, second = given["random_state"]
+    assert not torch.equal(first["torch"], second["torch"])
+    assert [path.name for path in (shared / "samples").iterdir()] == ["step=000003.png"]
+    trained = [
+        value.numel() * value.element_size() for value in given["state_dict"].values()
+    ]  # the prior has no bucket
+    assert f"2 ranks average {len(trained)} gradients of {sum(trained)} bytes in each step" in done.stderr + done.stdout
 
 
 def test_a_resume_with_another_global_batch_is_refused(world, finished):
@@ -140,6 +157,30 @@ def test_resuming_without_a_checkpoint_is_refused_unless_it_may_start(world, tmp
         world.train(tmp_path / "b", "ckpt=nowhere.ckpt")
 
 
+def torchrun_two_nodes(arguments):
+    """`moa-train` by two agents of torchrun, each of which takes this machine for one of two."""
+    where = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", *where]
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node-rank={node}", "-m", "moa_train.train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=300)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], said
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+TWO_NODES = ("trainer=ddp_nodes", "trainer.accelerator=cpu", "trainer.devices=1", "data.batch_size=2")
+
+
 def _samples(run, rank=""):
     """Step -> samples of that step, in order."""
     return {row["step"]: row["samples"].split() for row in read_rows(run / f"sample_log{rank}.csv")}
@@ -149,10 +190,7 @@ def _samples(run, rank=""):
 def test_one_process_then_two_then_one_see_the_samples_of_one_in_order(world, tmp_path):
     straight = _samples(world.train(tmp_path / "straight", "max_steps=5"))
     run = world.train(tmp_path / "run", "max_steps=1")
-    ranks = ("trainer.strategy=ddp", "trainer.devices=2", "data.batch_size=2", f"run_dir={run}")
-    command = [sys.executable, "-m", "moa_train.train", *world.overrides("max_steps=3", "ckpt=last", *ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    torchrun_two_nodes(world.overrides(*TWO_NODES, f"run_dir={run}", "max_steps=3", "ckpt=last"))
     world.train(run, "max_steps=5", "ckpt=last")
     seen, other = _samples(run), _samples(run, ".rank1")
     assert list(seen) == list(straight)

@@ -81,11 +81,19 @@ def run(cfg: DictConfig) -> None:
 
 
 def _fit(trainer: pl.Trainer, module: MoAModule, datamodule: pl.LightningDataModule, chosen: Run) -> None:
+    from moa_train.training.callbacks.ranks import RankLost, find_watch
+
     where = f"resuming {chosen.checkpoint}" if chosen.checkpoint else f"writing to {chosen.folder}"
     trained = sum(parameter.numel() for parameter in module.trained_parameters().values())
     if trainer.is_global_zero:
         logger.info("training %.2f M parameters until step %d; %s", trained / 1e6, trainer.max_steps, where)
-    trainer.fit(module, datamodule, ckpt_path=None if chosen.checkpoint is None else str(chosen.checkpoint))
+    try:
+        trainer.fit(module, datamodule, ckpt_path=None if chosen.checkpoint is None else str(chosen.checkpoint))
+    except RuntimeError as error:
+        watch = find_watch(trainer)
+        if watch is None or watch.lost is None:
+            raise
+        raise RankLost from error
 
 
 def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:

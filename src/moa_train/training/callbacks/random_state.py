@@ -13,10 +13,17 @@ KEY = "random_state"
 
 
 class RandomState(pl.Callback):
-    """Saves every rank's Python, NumPy, torch and CUDA generators; sets them before the first resumed batch."""
+    """Saves every rank's Python, NumPy, torch and CUDA generators; sets them before the first resumed batch.
+
+    Until then all ranks draw alike, as initial weights need it; from the first batch on each has numbers of its own.
+    """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank > 0:
+            pl.seed_everything(torch.initial_seed() + trainer.global_rank, verbose=False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,0 +1,83 @@
+"""Several ranks that are told to stop, one by one or together, and a rank that is gone."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_train.training.callbacks.ranks import RankWatch
+from moa_train.training.metrics_csv import read_rows
+from moa_train.training.strategies import ddp
+from processes import SignalAt, ranks
+from tiny import load
+
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=1")
+
+
+@dataclass(frozen=True)
+class RecordedNoise:
+    """A hook: each rank writes a line for every noise it draws for a sample."""
+
+    folder: Path
+
+    def __call__(self):
+        from moa_train.training import module
+
+        drawn = module.keyed_noise
+
+        def draw(key, shape, purpose):
+            noise = drawn(key, shape, purpose)
+            with (self.folder / f"noise.{os.environ['RANK']}.txt").open("a") as file:
+                file.writelines(f"{row.double().sum():.17g}\n" for row in noise)
+            return noise
+
+        module.keyed_noise = draw
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world, tmp_path):
+    """Five launches of one run of two ranks, each ended in another way, are the run of one process that never ended."""
+    steps = ("max_steps=5", "optim.lr=1e-4")
+    straight = world.train(tmp_path / "straight", *steps)
+    run = tmp_path / "run"
+    settings = ("trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=3", "ckpt=auto")
+    arguments = world.overrides(*steps, *TWO, *settings, f"run_dir={run}")
+
+    for step, signum, to, code in (
+        (1, signal.SIGTERM, (0,), 143),
+        (2, signal.SIGUSR1, (1,), 138),
+        (3, signal.SIGTERM, (0, 1), 143),
+    ):
+        with ranks(tmp_path / "output", arguments, 2, SignalAt(step, signum, to)) as launch:
+            assert launch.codes() == [code, code], launch.said()
+        assert f"stopped by {signum.name} at step {step}; resume with ckpt=last" in launch.said()
+        assert load(run)["global_step"] == step
+
+    with ranks(tmp_path / "output", arguments, 2, SignalAt(4, signal.SIGKILL, (1,))) as launch:
+        assert launch.codes() == [1, -9], launch.said()
+    assert "rank 1 (silent for" in launch.said()
+    assert "is gone: rank 0 stops, too; resume with ckpt=last" in launch.said()
+    assert "Traceback" not in launch.said()
+    assert load(run)["global_step"] == 3
+
+    with ranks(tmp_path / "output", arguments, 2, RecordedNoise(tmp_path)) as launch:
+        assert launch.codes() == [0, 0], launch.said()
+    noise = [(tmp_path / f"noise.{rank}.txt").read_text().split() for rank in range(2)]
+    assert len(noise[0]) == len(noise[1]) >= 2 * 2 * 2  # steps, micro-batches, latents and epsilon
+    assert len({*noise[0], *noise[1]}) == len(noise[0]) + len(noise[1])
+
+    logs = [read_rows(run / f"sample_log{rank}.csv") for rank in ("", ".rank1")]
+    for whole, first, second in zip(read_rows(straight / "sample_log.csv"), *logs, strict=True):
+        samples = whole["samples"].split()
+        assert [first["samples"].split(), second["samples"].split()] == [samples[::2], samples[1::2]]
+    for name, value in load(straight)["state_dict"].items():
+        assert torch.allclose(load(run)["state_dict"][name], value, atol=2e-5), name
+
+
+@pytest.mark.parametrize(("make", "message"), [(ddp, "strategy.timeout=0"), (RankWatch, "ranks.timeout=0")])
+def test_a_timeout_that_is_none_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(timeout=0.0)
