@@ -107,14 +107,14 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     from moa_train.diffusion import NoiseSchedule
     from moa_train.inference.weights import fill_moa, weights_path
     from moa_train.latents import LatentCodec
-    from moa_train.model.unet import add_moa, compile_blocks, trainable_parameters
+    from moa_train.model.unet import compile_blocks, install, trainable_parameters
     from moa_train.prior.load import load_prior, weights_fingerprint
     from moa_train.training.module import MoAModule
 
     own = cfg.get("image_encoder") is None  # image_encoder=null: the prior's own
     prior = load_prior(cfg.prior.source, None if own else _build(cfg.image_encoder))
-    moa = _build(cfg.model)(image_dim=prior.image_encoder.dim)
-    unet = add_moa(prior.unet, moa)
+    method = _build(cfg.model)(image_dim=prior.image_encoder.dim)
+    unet = install(prior.unet, method)
     if cfg.init is not None:
         fill_moa(prior, *load_personalized(weights_path(cfg.init)))
     trained = trainable_parameters(unet)
@@ -131,7 +131,8 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
         max_steps=cfg.max_steps,
         prior=prior.identity,
         provenance={
-            "moa": moa.to_dict(),
+            "method": method.name,
+            "moa": method.to_dict(),
             "config": OmegaConf.to_container(cfg, resolve=True),
             "moa_train_version": __version__,
         },

@@ -61,10 +61,15 @@ class MultimodalTokens(nn.Module):
 
     def forward(self, timestep: Num[Tensor, " b"], conditioning: Conditioning) -> Float[Tensor, "l b s d"]:
         """m_{t,l} of each subject slot; what padded slots hold is for nobody to read."""
-        index = repeat(conditioning.subject_positions, "b s -> b s d", d=conditioning.prior_tokens.shape[-1])
-        token = repeat(conditioning.prior_tokens.gather(1, index).to(self.dtype), "b s d -> l b s d", l=self.layers)
+        token = repeat(noun_tokens(conditioning).to(self.dtype), "b s d -> l b s d", l=self.layers)
         feature = repeat(conditioning.image_features.to(self.dtype), "b s f -> l b s f", l=self.layers)
         position = self.position(timestep)
         if position is not None:
             feature = feature + rearrange(position, "l b f -> l b 1 f")
         return token + self.fusion(torch.cat([feature, token], dim=-1))
+
+
+def noun_tokens(conditioning: Conditioning) -> Float[Tensor, "b s d"]:
+    """The text token of each subject's noun; what padded slots hold is for nobody to read."""
+    index = repeat(conditioning.subject_positions, "b s -> b s d", d=conditioning.prior_tokens.shape[-1])
+    return conditioning.prior_tokens.gather(1, index)

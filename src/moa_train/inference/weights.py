@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moa_train.checkpoint import load_personalized
 from moa_train.conditioning.encoders import build_image_encoder
-from moa_train.model.unet import MoAConfig, add_moa, load_personalized_state_dict
+from moa_train.methods import method_of
+from moa_train.model.unet import install, load_personalized_state_dict
 from moa_train.prior.load import Prior, load_prior
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def load_personalized_prior(
         encoder = build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])
         options = {**options, "image_encoder": encoder}
     parts = load_prior(str(prior), **options)
-    add_moa(parts.unet, MoAConfig(**metadata["moa"]))
+    install(parts.unet, method_of(metadata))
     fill_moa(parts, state, metadata)
     return parts, config
 

@@ -64,12 +64,16 @@ class MoACall:
 
     def observations(self) -> Observations:
         """What the layers recorded in the last forward pass."""
-        sizes = {layer: self.size_of(routing.shape[1]) for layer, routing in self.routing.items()}
+        pixels = {layer: maps.shape[-1] for layer, maps in self.subject_attention.items()}
+        pixels |= {layer: maps.shape[1] for layer, maps in self.routing.items()}
+        sizes = {layer: self.size_of(number) for layer, number in pixels.items()}
         return Observations(dict(self.routing), dict(self.subject_attention), sizes)
 
 
 class PriorProcessor(AttnProcessor2_0):
     """diffusers' attention, unchanged, for layers without a personalized expert; accepts and ignores `moa`."""
+
+    takes_moa = True
 
     def __call__(
         self,
@@ -89,6 +93,8 @@ class MoAProcessor(nn.Module):
 
     The expert starts as a copy of the prior. Linears are not named `to_q` ..., else LoRA would wrap them too.
     """
+
+    takes_moa = True
 
     def __init__(self, attn: Attention, layer: str, router: Router) -> None:
         super().__init__()

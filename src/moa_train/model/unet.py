@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,6 +20,26 @@ _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _UNSUPPORTED = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
 
 
+@runtime_checkable
+class Method(Protocol):
+    """A way to personalise a U-Net, as `install` needs it: MoA itself, or a baseline (`moa_train.baselines`).
+
+    name: in the metadata of an export. trains_unet: whether the U-Net's own weights train, too.
+    """
+
+    name: ClassVar[str]
+    trains_unet: ClassVar[bool]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which the same method can be made."""
+
+    def tokens(self, layers: int, text_dim: int) -> nn.Module:
+        """(timestep, Conditioning) -> what each of `layers` cross-attention layers takes for each subject: l b s ..."""
+
+    def processor(self, attn: Attention, layer: str) -> Any:
+        """The attention processor of a layer; it takes a `MoACall` as `moa` and says so by `takes_moa`."""
+
+
 @dataclass(frozen=True)
 class MoAConfig:
     """Everything that shapes the trained weights; kept in the metadata of an export.
@@ -27,6 +47,9 @@ class MoAConfig:
     image_dim: width of an image feature. router_kind, initial_prior: see `Router`. sinusoids, use_timestep, use_layer:
     see `MultimodalTokens`. self_attention: False leaves self-attention to the prior alone.
     """
+
+    name: ClassVar[str] = "moa"
+    trains_unet: ClassVar[bool] = False
 
     image_dim: int
     router_kind: RouterKind = "mlp"
@@ -40,11 +63,22 @@ class MoAConfig:
         """Plain values, as JSON holds them; `MoAConfig(**values)` is the inverse."""
         return asdict(self)
 
+    def tokens(self, layers: int, text_dim: int) -> MultimodalTokens:
+        """m_{t,l} for each cross-attention layer."""
+        return MultimodalTokens(layers, text_dim, self.image_dim, self.sinusoids, self.use_timestep, self.use_layer)
+
+    def processor(self, attn: Attention, layer: str) -> MoAProcessor | PriorProcessor:
+        """Two experts and a router, or the prior alone."""
+        if not attn.is_cross_attention and not self.self_attention:
+            return PriorProcessor()
+        router = Router(attn.query_dim, self.router_kind, self.initial_prior)
+        return MoAProcessor(attn, layer, router.to(attn.to_q.weight))
+
 
 class InstalledMoA(nn.Module):
     """`unet.moa`: the multimodal tokens, the config, and what `remove_moa` needs to restore the U-Net."""
 
-    def __init__(self, config: MoAConfig, tokens: MultimodalTokens, cross_layers: list[str]) -> None:
+    def __init__(self, config: Method, tokens: nn.Module, cross_layers: list[str]) -> None:
         super().__init__()
         self.config, self.tokens, self.cross_layers = config, tokens, cross_layers
         self.replaced: dict[str, Any] = {}
@@ -68,31 +102,36 @@ def add_moa(unet: UNet2DConditionModel, config: MoAConfig | int) -> UNet2DCondit
     Raises:
         ValueError: MoA is there already, or an attention layer is not a plain one.
     """
-    config = MoAConfig(image_dim=config) if isinstance(config, int) else config
+    return install(unet, MoAConfig(image_dim=config) if isinstance(config, int) else config)
+
+
+def install(unet: UNet2DConditionModel, method: Method) -> UNet2DConditionModel:
+    """Put a method's processors and tokens into a U-Net, in place; what the method does not train is frozen.
+
+    Raises:
+        ValueError: a method is there already, or an attention layer is not a plain one.
+    """
     if hasattr(unet, "moa"):
         raise ValueError("this U-Net has MoA already: call remove_moa first")
     layers = attention_layers(unet)
     for layer in layers:
         _check_attention(layer, unet.get_submodule(layer))
     cross = [layer for layer in layers if unet.get_submodule(layer).is_cross_attention]
-    text_dim = unet.get_submodule(cross[0]).cross_attention_dim
-    tokens = MultimodalTokens(
-        len(cross), text_dim, config.image_dim, config.sinusoids, config.use_timestep, config.use_layer
-    )
-    moa = InstalledMoA(config, tokens.to(unet.device, unet.dtype), cross)
+    tokens = method.tokens(len(cross), unet.get_submodule(cross[0]).cross_attention_dim)
+    moa = InstalledMoA(method, tokens.to(unet.device, unet.dtype), cross)
     moa.were_trainable = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
-    unet.requires_grad_(False)
+    unet.requires_grad_(method.trains_unet)
     for layer in layers:
         attn = unet.get_submodule(layer)
         moa.replaced[layer] = attn.processor
-        attn.set_processor(_processor(attn, layer, config))
+        attn.set_processor(method.processor(attn, layer))
     unet.moa = moa
     moa.hook = unet.register_forward_pre_hook(_begin_call, with_kwargs=True)
     return unet
 
 
 def remove_moa(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Make the U-Net what it was before `add_moa`, in place."""
+    """Make the U-Net what it was before `install`, in place; weights that a baseline trained stay changed."""
     moa = _installed(unet)
     for layer, processor in moa.replaced.items():
         unet.get_submodule(layer).set_processor(processor)
@@ -105,21 +144,21 @@ def remove_moa(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def trainable_parameters(unet: UNet2DConditionModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """The named parameters that MoA trains, in groups: "experts", "router", "fusion"."""
-    _installed(unet)
+    """The named parameters that the method trains, in groups: "experts", "router", "fusion"."""
+    whole = _installed(unet).config.trains_unet
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"experts": [], "router": [], "fusion": []}
     for name, parameter in unet.named_parameters():
-        if ".processor.router." in name:
-            groups["router"].append((name, parameter))
-        elif ".processor." in name:
-            groups["experts"].append((name, parameter))
-        elif name.startswith("moa."):
+        if name.startswith("moa."):
             groups["fusion"].append((name, parameter))
+        elif ".processor.router." in name:
+            groups["router"].append((name, parameter))
+        elif ".processor." in name or whole:
+            groups["experts"].append((name, parameter))
     return groups
 
 
 def personalized_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """All that MoA added and trains, by its name in the U-Net; never a prior weight."""
+    """All that the method trains, by its name in the U-Net; of MoA never a prior weight."""
     groups = trainable_parameters(unet)
     return {name: parameter.detach() for group in groups.values() for name, parameter in group}
 
@@ -186,13 +225,6 @@ def _check_attention(layer: str, attn: Attention) -> None:
         raise ValueError(f"{layer} has wrapped weights: load LoRA after add_moa, not before")
 
 
-def _processor(attn: Attention, layer: str, config: MoAConfig) -> MoAProcessor | PriorProcessor:
-    if not attn.is_cross_attention and not config.self_attention:
-        return PriorProcessor()
-    router = Router(attn.query_dim, config.router_kind, config.initial_prior)
-    return MoAProcessor(attn, layer, router.to(attn.to_q.weight))
-
-
 def _begin_call(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: only here are the timestep and the size known, of which the multimodal tokens are made."""
     call = (kwargs.get("cross_attention_kwargs") or {}).get("moa")
@@ -226,7 +258,7 @@ def _check_call(unet: UNet2DConditionModel, call: MoACall, rows: int) -> None:
         raise ValueError(f"the conditioning has {len(call.conditioning.prior_tokens)} rows, the latents have {rows}")
     for layer in unet.moa.replaced:
         processor = unet.get_submodule(layer).processor
-        if not isinstance(processor, MoAProcessor | PriorProcessor):
+        if not getattr(processor, "takes_moa", False):
             raise ValueError(
                 f"{layer} lost its MoA expert to {type(processor).__name__}: do not fuse projections, slice attention, "
                 "enable xformers or load an IP-Adapter after add_moa"
