@@ -44,8 +44,13 @@ class World:
 
     def config(self, *more: str, experiment: str = "toy"):
         """The composed configuration of such a run."""
+        return self.compose(self.overrides(*more, experiment=experiment))
+
+    @staticmethod
+    def compose(overrides: list[str]):
+        """The configuration that `moa-train` makes of these overrides."""
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose("train", self.overrides(*more, experiment=experiment))
+            return compose("train", overrides)
 
     def train(self, run_dir: Path, *more: str, experiment: str = "toy") -> Path:
         """Runs `moa-train` in this process."""

@@ -76,6 +76,7 @@ MISTAKES = {
     "wrong kind": (["max_steps=many"], "max_steps"),
     "bad value": (["loss.router.warmup=2.5"], "loss.router.warmup"),
     "bad kind of loss": (["loss.object.kind=l3"], "balanced_l1"),
+    "bad divisor of the loss": (["loss.masked_mean=pixels"], "masked_mean"),
     "bad dtype": (["prior_dtype=int8"], "prior_dtype"),
     "missing checkpoint": (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
     "missing prior": (["prior=/no/such/prior"], "/no/such/prior"),

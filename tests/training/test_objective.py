@@ -5,12 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moa_train.diffusion import NoiseSchedule
 from moa_train.symbols import Batch, LossTerms, Observations
 from moa_train.training.objective import (
     LossSettings,
     Masks,
     ObjectLoss,
     RouterLoss,
+    compute_losses,
     draw_masked,
     watched,
     with_wrong_subject,
@@ -111,3 +113,23 @@ def test_a_batch_without_subjects_is_watched_as_zero_and_not_as_nan():
     observations = Observations({"a": torch.full((1, 4, 2), 0.5)}, {"a": torch.zeros(1, 1, 4)}, {"a": (2, 2)})
     shown = watched(observations, batch, Masks.of(batch, (2, 2)))
     assert all(mean.item() == 0 and number == 0 for mean, number in shown.values())
+
+
+def test_the_error_inside_the_subject_over_all_pixels_is_fastcomposers_sum():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, 0, 1:3, :3] = 1
+    batch = make_batch([[True], [False]], mask)
+    prediction, target = torch.randn(2, 2, 3, 4, 4, generator=generator)
+    terms = compute_losses(
+        LossSettings(mask_probability=1.0, masked_mean="picture"),
+        NoiseSchedule.from_config({}),
+        batch,
+        Masks.of(batch, (4, 4)),
+        torch.tensor([3, 700]),
+        prediction,
+        target,
+        Observations({}, {}, {}),
+    )
+    expected = ((prediction - target).square() * mask).sum((1, 2, 3)) / prediction[0].numel()
+    assert torch.allclose(terms.masked, expected)

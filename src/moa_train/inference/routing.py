@@ -48,7 +48,9 @@ class RoutingRecorder:
         self._timesteps: list[Tensor | int] = []
 
     def add(self, observations: Observations, timestep: Tensor | int, size: tuple[int, int]) -> None:
-        """Record one step; `size` is the latent's height and width."""
+        """Record one step; `size` is the latent's height and width. A method without a router leaves no record."""
+        if not observations.routing:
+            return
         prior = mean_prior_routing(observations, size)
         self._steps.append(1.0 - rearrange(prior.float(), "b 1 h w -> b h w"))
         self._timesteps.append(timestep)
@@ -58,7 +60,7 @@ class RoutingRecorder:
             self._layers.setdefault(layer, []).append(share)
 
     def result(self) -> Routing | None:
-        """The record, or None if no step was seen."""
+        """The record, or None if no routing was seen."""
         if not self._steps:
             return None
         layers = {layer: torch.stack(maps).cpu() for layer, maps in self._layers.items()}

@@ -63,15 +63,19 @@ class LossSettings:
     """The weights of the objective.
 
     mask_probability: share of the samples whose error is averaged over the foreground; the others take all pixels.
+    masked_mean: what divides the error inside the foreground: the "mask"'s area or the "picture"'s (FastComposer).
     min_snr_gamma: weight of a timestep by min(SNR, gamma) (arXiv 2303.09556); None: every timestep counts alike.
     """
 
     router: RouterLoss = RouterLoss()
     object: ObjectLoss = ObjectLoss()
     mask_probability: float = 1.0
+    masked_mean: Literal["mask", "picture"] = "mask"
     min_snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
+        if self.masked_mean not in ("mask", "picture"):
+            raise ValueError(f"loss.masked_mean={self.masked_mean!r}: expected mask or picture")
         if not 0 <= self.mask_probability <= 1:
             raise ValueError(f"loss.mask_probability={self.mask_probability}: expected a probability from 0 to 1")
 
@@ -115,6 +119,8 @@ def compute_losses(
     """
     size = (prediction.shape[-2], prediction.shape[-1])
     masked = losses.masked_reconstruction(prediction, target, masks.foreground)
+    if settings.masked_mean == "picture":
+        masked = masked * masks.foreground.mean((1, 2, 3))
     if settings.mask_probability < 1:
         plain = losses.plain_reconstruction(prediction, target)
         masked = torch.where(draw_masked(batch.key, settings.mask_probability).to(masked.device), masked, plain)

@@ -88,8 +88,9 @@ class SamplePictures(StepCallback):
             ).images[0]
             references = [_resized(_picture(subject), made.size) for subject in subjects]
             rows.append([*references, made])
-            routing = _grey(pipeline.routing.mean[0])
-            maps.append([made, _resized(routing, made.size)])
+            if pipeline.routing is not None:  # a baseline has no router
+                routing = _grey(pipeline.routing.mean[0])
+                maps.append([made, _resized(routing, made.size)])
         for name, images in (("samples", rows), ("routing", maps)):
             if images:
                 path = self.directory / name / f"step={step:06d}.png"
