@@ -76,6 +76,7 @@ def numbers(gallery):
     patch.undo()
     return {
         **measured,
+        "method": "moa",
         "protocol": {"contexts": 3, "seeds": [4, 5], "steps": 2, "guidance": 3.0, "split": "test"},
         "seconds": 1.0,
     }
@@ -159,6 +160,27 @@ def test_the_report_is_written_whole(gallery, numbers, tmp_path):
     for figure in ("samples.png", "routing.png"):
         with Image.open(tmp_path / figure) as image:
             assert min(image.size) > 100
+
+
+def test_a_method_without_a_router_is_measured_and_reported_under_its_name_without_routing(
+    gallery, numbers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(benchmark, "_real_scenes", lambda gallery: benchmark._pixels(gallery.moa))
+    moa = gallery.moa.copy()
+    for place, picture_ in np.ndenumerate(moa):
+        moa[place] = replace(picture_, steps=None)
+    unrouted = replace(gallery, moa=moa)
+    measured = benchmark.measure(unrouted, Oracle(gallery.people), PROTOCOL.margin)
+    assert "routing_iou" not in measured
+    assert measured["context_difference"] == numbers["context_difference"]
+    write_report(
+        tmp_path, unrouted, numbers | measured | {"method": "ip_adapter"} | {"intervals": measured["intervals"]}
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert "IP-Adapter" in text
+    assert "MoA" not in text
+    assert "outing" not in text
+    assert not (tmp_path / "routing.png").exists()
 
 
 def test_the_figure_has_a_row_for_each_prior_and_person(gallery):

@@ -32,6 +32,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   device=cuda dtype=float32
 
 Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and eval.yaml into `out`.
+The weights of a baseline (model=fastcomposer ...) are measured the same way; it has no router, so no routing.png.
 Every setting with its meaning: configs/eval.yaml
 """
 
@@ -61,7 +62,7 @@ def run(cfg: DictConfig) -> None:
     write_report(out, gallery, numbers)
     OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
     print(plain(numbers))
-    print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {out / 'routing.png'}")
+    print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}")
 
 
 def _probe_folder(name: str) -> Path:

@@ -70,10 +70,8 @@ def measure(gallery: Gallery, probe: Probe, margin: int) -> dict[str, Any]:
     rows = compared_rows(gallery)
     truth = torch.from_numpy(np.stack([who.identity.vector() for who in gallery.people]))
     moa, prior, real = (look(probe, x) for x in (_pixels(gallery.moa), _pixels(gallery.prior), _real_scenes(gallery)))
-    routing = torch.stack([picture.routing for picture in gallery.moa.flat])
     place = torch.tensor([probe.contexts.index(context) for context in gallery.contexts])[rows.context]
     values = {
-        "routing_iou": metrics.routing_iou(routing, moa.people),
         "identity.moa": metrics.cosine(moa.vectors, truth[rows.person]),
         "identity.prior": metrics.cosine(prior.vectors[rows.same], truth[rows.person]),
         "identity.wrong_subject": metrics.cosine(moa.vectors, truth[rows.wrong]),
@@ -88,6 +86,9 @@ def measure(gallery: Gallery, probe: Probe, margin: int) -> dict[str, Any]:
         "diversity.moa": _diversity(moa.pixels, gallery),
         "diversity.prior": _diversity(prior.pixels[rows.same], gallery),
     }
+    if gallery.routed:
+        routing = torch.stack([picture.routing for picture in gallery.moa.flat])
+        values["routing_iou"] = metrics.routing_iou(routing, moa.people)
     return _summary(values, rows.person.tolist())
 
 
@@ -97,7 +98,7 @@ def run_toy(pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol) -> tuple[Gal
     gallery = make_gallery(pipe, protocol)
     numbers = measure(gallery, probe, protocol.margin)
     seconds = round(time.perf_counter() - start, 1)
-    return gallery, {**numbers, "protocol": asdict(protocol), "seconds": seconds}
+    return gallery, {**numbers, "method": pipe.unet.moa.config.name, "protocol": asdict(protocol), "seconds": seconds}
 
 
 def _pixels(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:

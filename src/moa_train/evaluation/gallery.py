@@ -69,6 +69,11 @@ class Gallery:
     moa: np.ndarray
     prior: np.ndarray
 
+    @property
+    def routed(self) -> bool:
+        """Whether the pictures have routing maps: a baseline has no router."""
+        return self.moa.flat[0].steps is not None
+
 
 def held_out_people(protocol: ToyProtocol) -> tuple[Person, ...]:
     """The first people of the split of each noun, men before women, each with its reference photo."""

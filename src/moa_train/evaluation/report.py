@@ -45,11 +45,15 @@ _TABLE = (
 
 
 def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
-    """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval."""
+    """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval.
+
+    What was not measured (routing, of a method without a router) has no row.
+    """
     return [
-        (question, measure, whose, _value(numbers, name), *numbers["intervals"][name])
+        (question, measure, whose.replace("MoA", _title(numbers)), _value(numbers, name), *numbers["intervals"][name])
         for question, measure, lines in _TABLE
         for whose, name in lines
+        if name in numbers["intervals"]
     ]
 
 
@@ -66,13 +70,13 @@ def plain(numbers: Mapping[str, Any]) -> str:
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
-    """The whole report as Markdown; it shows samples.png and routing.png beside it."""
-    lines = ["# MoA on the toy world", ""]
+    """The whole report as Markdown; it shows the figures beside it."""
+    lines = [f"# {_title(numbers)} on the toy world", ""]
     protocol, n = numbers["protocol"], numbers["n"]
     lines += [
         f"{n['people']} {protocol['split']} people that training never saw, {protocol['contexts']} contexts, "
-        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with MoA ({protocol['steps']} steps, guidance "
-        f"{protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
+        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with {_title(numbers)} ({protocol['steps']} steps, "
+        f"guidance {protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
         f"{numbers['seconds']:g} s.",
         "",
         "| | | mean | 95 % interval |",
@@ -90,16 +94,20 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         "real scenes and never see the router.",
         "",
         "## Pictures",
-        "Each column is one context and seed. The prior's own pictures, then one row a person: the photo, then MoA.",
+        "Each column is one context and seed. The prior's own pictures, then one row a person: the photo, then "
+        f"{_title(numbers)}.",
         "",
         "![samples](samples.png)",
         "",
-        "## Routing",
-        "The personalized expert's share of each pixel, each map stretched to its own range.",
-        "",
-        "![routing](routing.png)",
-        "",
     ]
+    if "routing_iou" in numbers["intervals"]:
+        lines += [
+            "## Routing",
+            "The personalized expert's share of each pixel, each map stretched to its own range.",
+            "",
+            "![routing](routing.png)",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -126,14 +134,21 @@ def routing_figure(gallery: Gallery, rows: int = 5, side: int = 128) -> Image.Im
 
 
 def write_report(out: Path, gallery: Gallery, numbers: Mapping[str, Any]) -> None:
-    """Write samples.png, routing.png, report.md and, last, metrics.json into `out`."""
+    """Write samples.png, routing.png (of a method with a router), report.md and, last, metrics.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     facts = {"protocol": numbers["protocol"]}
     save_png(out / "samples.png", samples_figure(gallery), facts)
-    save_png(out / "routing.png", routing_figure(gallery), facts)
+    if gallery.routed:
+        save_png(out / "routing.png", routing_figure(gallery), facts)
     text, data = markdown(numbers), json.dumps(numbers, indent=2) + "\n"
     atomic_write(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     atomic_write(out / "metrics.json", lambda path: path.write_text(data, encoding="utf-8"))
+
+
+def _title(numbers: Mapping[str, Any]) -> str:
+    """The method's name as people write it."""
+    names = {"moa": "MoA", "fastcomposer": "FastComposer", "ip_adapter": "IP-Adapter", "finetune": "Fine-tuning"}
+    return names[numbers["method"]]
 
 
 def _value(numbers: Mapping[str, Any], name: str) -> float:
