@@ -42,6 +42,8 @@ def open_run(cfg: DictConfig) -> Run:
     """
     given = os.environ.get(_AGREED) or cfg.run_dir
     folder = Path(given) if given is not None else None
+    if folder is None and cfg.ckpt == AUTO and "SLURM_JOB_ID" in os.environ:
+        folder = _new_folder(cfg)  # a requeued job goes on with its own run, not with the newest of this name
     checkpoint = _checkpoint(cfg, folder)
     if folder is None:
         folder = checkpoint.parents[1] if checkpoint is not None else _new_folder(cfg)

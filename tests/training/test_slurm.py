@@ -1,0 +1,104 @@
+"""The job script under a SLURM of two shell scripts: `srun` starts real tasks and signals them, `scontrol` notes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_train.training.metrics_csv import read_rows
+from tiny import load
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "train.sbatch"
+
+SRUN = """#!/usr/bin/env bash
+# Starts the tasks; in a job's first start sends SIGUSR1 to all of them once a step is done. Returns the highest code.
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+  tasks+=($!)
+done
+if [ "$SLURM_RESTART_COUNT" = 0 ]; then
+  until [ "$(cat "$LOG" 2>/dev/null | wc -l)" -gt 1 ]; do sleep 0.05; done
+  kill -USR1 "${tasks[@]}"
+fi
+highest=0
+for task in "${tasks[@]}"; do
+  wait "$task"
+  code=$?
+  if [ $code -gt $highest ]; then highest=$code; fi
+done
+exit $highest
+"""
+
+SCONTROL = """#!/usr/bin/env bash
+echo "$@" >> "$REQUEUED"
+"""
+
+
+class Slurm:
+    """A folder of the two commands, and the environment of job 42."""
+
+    def __init__(self, folder, tasks=1):
+        self.folder, self.tasks = folder, tasks
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        moa_train = folder / "moa-train"
+        moa_train.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m moa_train.train "$@"\n')
+        moa_train.chmod(0o755)
+
+    def start(self, *arguments, restarts=0, **more):
+        """Runs the script as the batch system would."""
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "REQUEUED": str(self.folder / "requeued"),
+            "LOG": str(self.folder / "runs" / "toy" / "slurm-42" / "sample_log.csv"),
+            "SLURM_JOB_ID": "42",
+            "SLURM_JOB_NAME": "moa-train",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_NNODES": "1",
+            "SLURM_NTASKS": str(self.tasks),
+            "SLURM_NTASKS_PER_NODE": str(self.tasks),
+            "SLURM_NODELIST": "127.0.0.1",
+            "SLURM_RESTART_COUNT": str(restarts),
+            **more,
+        }
+        command = ["bash", str(SCRIPT), *arguments, f"runs={self.folder / 'runs'}"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on_in_its_own_folder(world, tmp_path):
+    newer = tmp_path / "runs" / "toy" / "2026-01-01_00-00-00" / "checkpoints" / "last.ckpt"  # another run of this name
+    newer.parent.mkdir(parents=True)
+    newer.write_bytes(b"")
+    slurm = Slurm(tmp_path)
+    arguments = [each for each in world.overrides("max_steps=60") if each != "trainer=cpu"]
+    arguments += ["trainer.accelerator=cpu", "optim.lr=1e-5"]
+    first = slurm.start(*arguments)
+    assert first.returncode == 138, first.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+    run = tmp_path / "runs" / "toy" / "slurm-42"
+    reached = load(run)["global_step"]
+    assert 1 <= reached < 60
+    second = slurm.start(*arguments, f"max_steps={reached + 1}", restarts=1)
+    assert second.returncode == 0, second.stderr
+    assert load(run)["global_step"] == reached + 1
+    assert [int(row["step"]) for row in read_rows(run / "sample_log.csv")] == list(range(1, reached + 2))
+    assert (tmp_path / "requeued").read_text() == "requeue 42\n"  # a job that is done is not put back
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(0, 0, False), (1, 0, False), (143, 99, True), (143, 100, False), (138, 3, True)]
+)
+def test_only_a_run_that_saved_and_stopped_is_put_back_and_not_for_ever(tmp_path, code, restarts, requeued):
+    slurm = Slurm(tmp_path)
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    done = slurm.start(restarts=restarts)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    assert ("not again (MAX_REQUEUES)" in done.stderr) == (restarts == 100)
