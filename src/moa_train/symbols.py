@@ -51,6 +51,16 @@ class Conditioning:
         """Move every tensor to `device`; floating ones are cast to `dtype` where one is given."""
         return _to(self, device, dtype)
 
+    def personalized(self) -> Conditioning:
+        """The rows that the personalized expert sees."""
+        rows = slice(self.prior_rows, None)
+        return Conditioning(
+            self.prior_tokens[rows],
+            self.image_features[rows],
+            self.subject_positions[rows],
+            self.subject_present[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Observations:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +12,14 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moa_train.inference.controls import Controls
 from moa_train.inference.guards import KeepsAttention, refuse_options
 from moa_train.inference.routing import Routing, RoutingRecorder
+from moa_train.inference.steps import AfterStep, slot_owners
 from moa_train.inference.subjects import Subject, Views, subject_pixels, subjects_of_each
 from moa_train.inference.weights import load_personalized_prior
 from moa_train.model.attention import MoACall
+from moa_train.model.unet import attention_layers
 from moa_train.prompts import Prompt, parse_prompt, tokenize
 from moa_train.symbols import Conditioning
 
@@ -85,6 +88,11 @@ class SubjectPipeline(KeepsAttention):
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         record_routing: bool = True,
+        subject_strength: float | Mapping[str, float] = 1.0,
+        routing_override: Any = None,
+        subject_start: float = 0.0,
+        regions: Sequence[Any] | None = None,
+        separate_subjects: bool = False,
         **options: Any,
     ) -> Any:
         """Make pictures.
@@ -101,6 +109,8 @@ class SubjectPipeline(KeepsAttention):
             negative_prompt: what to guide away from; one for all prompts, or one each.
             num_images_per_prompt: pictures of each prompt, one after the other.
             record_routing: keep the routing maps in `routing`.
+            subject_strength, routing_override, subject_start, regions, separate_subjects: see `Controls`; without
+                effect on prompts without a marker.
             options: all else that the diffusers pipeline takes (generator, latents, height, width, output_type ...).
 
         Raises:
@@ -109,6 +119,7 @@ class SubjectPipeline(KeepsAttention):
         """
         refuse_options(options)
         self.routing = None
+        controls = Controls(subject_strength, routing_override, subject_start, regions, separate_subjects)
         prompts = [parse_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         chosen = subjects_of_each(prompts, subjects)
         texts = [parsed.text for parsed in prompts]
@@ -124,12 +135,14 @@ class SubjectPipeline(KeepsAttention):
         self._check_moa()
         positive, negative = self._encode(texts, negative_prompt, options)
         conditioning = self._conditioning(prompts, chosen, positive, negative, num_images_per_prompt)
-        call, recorder = MoACall(conditioning, record=record_routing), RoutingRecorder()
+        control = controls.bind(prompts, num_images_per_prompt, attention_layers(self.unet))
+        owners = slot_owners([one.owners for one in prompts], num_images_per_prompt) if separate_subjects else None
+        call = MoACall(conditioning, record=record_routing or owners is not None, control=control)
+        recorder = RoutingRecorder() if record_routing else None
+        AfterStep(call, subject_start, owners, recorder, options)
         options["cross_attention_kwargs"] = {**(options.get("cross_attention_kwargs") or {}), "moa": call}
-        if record_routing:
-            _record_steps(call, recorder, options)
         result = super().__call__(prompt_embeds=positive, negative_prompt_embeds=negative, **options)
-        self.routing = recorder.result()
+        self.routing = None if recorder is None else recorder.result()
         return result
 
     @torch.no_grad()
@@ -203,18 +216,3 @@ class SubjectPipeline(KeepsAttention):
             raise ValueError("the prompt has subjects but this pipeline has no image encoder: give image_encoder=...")
         if not hasattr(self.unet, "moa"):
             raise ValueError("the prompt has subjects but the U-Net has no MoA: give weights=personalized.safetensors")
-
-
-def _record_steps(call: MoACall, recorder: RoutingRecorder, options: dict[str, Any]) -> None:
-    """Put a callback into the options that records routing after each step, and then calls the user's own."""
-    own = options.get("callback_on_step_end")
-    wanted = getattr(own, "tensor_inputs", None) or options.get("callback_on_step_end_tensor_inputs", ["latents"])
-
-    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        height, width = tensors["latents"].shape[-2:]
-        recorder.add(call.observations(), timestep, (height, width))
-        given = {name: tensors[name] for name in wanted}
-        return given if own is None else own(pipe, step, timestep, given)
-
-    options["callback_on_step_end"] = after_step
-    options["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(["latents", *wanted]))

@@ -94,8 +94,8 @@ def subject_pixels(
     return torch.from_numpy(np.array(cut_out(image, selected, size, np.random.default_rng(0), background)))
 
 
-def read_picture(picture: Picture) -> Image.Image:
-    """Open a picture upright (EXIF orientation applied), alpha kept.
+def read_picture(picture: Picture, name: str = "subject") -> Image.Image:
+    """Open a picture upright (EXIF orientation applied), alpha kept; `name` says in errors what it is.
 
     Raises:
         ValueError: the file does not exist or is not a picture.
@@ -108,9 +108,9 @@ def read_picture(picture: Picture) -> Image.Image:
         with Image.open(picture) as opened:
             return ImageOps.exif_transpose(opened)
     except FileNotFoundError as error:
-        raise ValueError(f"subject {picture}: no such file") from error
+        raise ValueError(f"{name} {picture}: no such file") from error
     except OSError as error:
-        raise ValueError(f"subject {picture} cannot be read: give a PNG, JPEG or WebP picture") from error
+        raise ValueError(f"{name} {picture} cannot be read: give a PNG, JPEG or WebP picture") from error
 
 
 def _given_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from moa_train.conditioning.multimodal import MultimodalTokens
 from moa_train.model.attention import MoACall, MoAProcessor, PriorProcessor
 from moa_train.model.router import Router, RouterKind
-from moa_train.symbols import Conditioning
 
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _UNSUPPORTED = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
@@ -238,19 +237,9 @@ def _begin_call(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[
     moa = unet.moa
     by_layer = {}
     if skip < len(sample):
-        tokens = moa.tokens(timestep[skip:], _personalized_rows(conditioning))
+        tokens = moa.tokens(timestep[skip:], conditioning.personalized())
         by_layer = dict(zip(moa.cross_layers, tokens, strict=True))
     call.begin((sample.shape[-2], sample.shape[-1]), by_layer)
-
-
-def _personalized_rows(conditioning: Conditioning) -> Conditioning:
-    rows = slice(conditioning.prior_rows, None)
-    return Conditioning(
-        conditioning.prior_tokens[rows],
-        conditioning.image_features[rows],
-        conditioning.subject_positions[rows],
-        conditioning.subject_present[rows],
-    )
 
 
 def _check_call(unet: UNet2DConditionModel, call: MoACall, rows: int) -> None:
