@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from moa_train.model.attention import MoACall, MoAProcessor, subject_attention
+from moa_train.model.control import Control
 from moa_train.model.router import Router
 from moa_train.symbols import Conditioning
 
@@ -15,7 +16,7 @@ DIM, TEXT, HEADS, SIZE, TOKENS = 8, 6, 2, (2, 3), 5
 PIXELS = SIZE[0] * SIZE[1]
 
 
-def case(cross):
+def case(cross, control=None):
     """A layer with random weights in both experts and the router, its input, and its filled call."""
     torch.manual_seed(0)
     attn = Attention(DIM, TEXT if cross else None, heads=HEADS, dim_head=DIM // HEADS).double()
@@ -24,7 +25,7 @@ def case(cross):
         torch.nn.init.normal_(parameter, std=0.7)
     hidden, tokens = torch.randn(2, PIXELS, DIM).double(), torch.randn(2, TOKENS, TEXT).double()
     present, positions = torch.tensor([[True, True], [True, False]]), torch.tensor([[4, 1], [2, 0]])
-    call = MoACall(Conditioning(tokens, torch.zeros(2, 2, 3).double(), positions, present), record=True)
+    call = MoACall(Conditioning(tokens, torch.zeros(2, 2, 3).double(), positions, present), True, control)
     call.begin(SIZE, {"layer": torch.randn(2, 2, TEXT).double()})
     return attn, processor, hidden, tokens, call
 
@@ -85,6 +86,47 @@ def test_a_layer_equals_a_loop_over_pixels_heads_and_experts(cross):
     assert list(seen.subject_attention) == (["layer"] if cross else [])
     if cross:
         np.testing.assert_allclose(seen.subject_attention["layer"].detach().numpy(), attention, rtol=1e-9)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_controlled_layer_equals_the_loop_with_hidden_tokens_left_out(forced):
+    """Two subjects in row 0 (tokens 4 and 1), whose regions meet in the middle column; one in row 1 (token 2)."""
+    left, right = torch.tensor([[1, 0.5, 0], [1, 0, 0]]), torch.tensor([[0, 0.25, 1], [0, 0, 0.5]])
+    maps = torch.rand(2, *SIZE, generator=torch.Generator().manual_seed(1))
+    regions = [[left, right], [right, torch.zeros(1, 1)]]
+    control = Control({"layer": 1.5, "other": 0.0}, list(maps) if forced else None, regions)
+    attn, processor, hidden, tokens, call = case(True, control)
+    output = processor(attn, hidden, tokens, moa=call)
+    z, m, c_prior = hidden.numpy(), call.subject_tokens["layer"].numpy(), tokens.numpy()
+    c_pers = c_prior.copy()
+    c_pers[0, 4], c_pers[0, 1], c_pers[1, 2] = m[0, 0], m[0, 1], m[1, 0]
+    west, east = left.flatten().numpy(), right.flatten().numpy()
+    union = np.stack([np.maximum(west, east), east])
+    for b in range(2):
+        for n in range(PIXELS):
+            hide = {4: west[n] < max(east[n], 1e-9), 1: east[n] < max(west[n], 1e-9)} if b == 0 else {2: east[n] == 0}
+            context = [c for token, c in enumerate(c_pers[b]) if not hide.get(token, False)]
+            prior, _ = naive_expert(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], z[b, n], c_prior[b])
+            personal, _ = naive_expert(
+                processor.query, processor.key, processor.value, processor.output, z[b, n], context
+            )
+            share = maps[b].flatten()[n].item() if forced else naive_router(processor.router, z[b, n])[1]
+            share = min(1.0, 1.5 * share) * union[b, n]
+            np.testing.assert_allclose(output[b, n].detach(), (1 - share) * prior + share * personal, rtol=1e-6)
+            np.testing.assert_allclose(call.routing["layer"][b, n].detach(), [1 - share, share], rtol=1e-6, atol=1e-7)
+            seen = call.subject_attention["layer"][b, :, n].detach()
+            assert [bool(value) for value in seen] == ([not hide[4], not hide[1]] if b == 0 else [not hide[2], False])
+    assert call.free_attention["layer"][0].min() > 0
+
+
+def test_a_layer_of_strength_0_and_an_inactive_call_are_the_prior_bit_for_bit():
+    attn, processor, hidden, tokens, call = case(True, Control({"layer": 0.0}))
+    reference = processor(attn, hidden, tokens)
+    assert torch.equal(processor(attn, hidden, tokens, moa=call), reference)
+    attn, processor, hidden, tokens, call = case(True)
+    call.active = False
+    assert torch.equal(processor(attn, hidden, tokens, moa=call), reference)
+    assert call.routing["layer"].tolist() == [[[1.0, 0.0]] * PIXELS] * 2
 
 
 def test_subject_attention_equals_the_columns_of_the_explicit_softmax_and_so_do_its_gradients():

@@ -39,9 +39,9 @@ class Controls:
     separate: `separate_subjects`: each pixel sees the one subject that attention has given it in the steps before.
     """
 
-    strength: float | Mapping[str, float] = 1.0
+    strength: float | int | Mapping[str, float | int] = 1.0
     routing: Any = None
-    start: float = 0.0
+    start: float | int = 0.0
     regions: Sequence[Any] | None = None
     separate: bool = False
 
@@ -138,14 +138,14 @@ def _is_box(region: Any) -> bool:
     return isinstance(region, (list, tuple)) and all(isinstance(value, Real) for value in region)
 
 
-def _box_map(box: Sequence[float]) -> Float[Tensor, "h w"]:
+def _box_map(box: Sequence[float | int]) -> Float[Tensor, "h w"]:
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(f"the box {tuple(box)} is not (left, top, right, bottom) in fractions of the picture, 0 to 1")
     left, top, right, bottom = (edge * _BOX_SIDE for edge in box)
     return torch.outer(_covered(top, bottom), _covered(left, right))
 
 
-def _covered(first: float, last: float) -> Float[Tensor, " n"]:
+def _covered(first: float | int, last: float | int) -> Float[Tensor, " n"]:
     """How much of each unit interval lies between the two."""
-    start = torch.arange(_BOX_SIDE)
+    start = torch.arange(_BOX_SIDE, dtype=torch.float32)
     return ((start + 1).clamp(max=last) - start.clamp(min=first)).clamp(min=0)

@@ -15,6 +15,9 @@ from moa_train.inference.routing import RoutingRecorder
 from moa_train.losses import mean_subject_attention
 from moa_train.model.attention import MoACall
 
+_MOVES = 10
+"""Of the centres of k-means; on 16 x 16 pixels they rest after 3 to 5."""
+
 
 class AfterStep:
     """The `callback_on_step_end` of a call of a pipeline with subjects, which calls the user's own at its end.
@@ -65,12 +68,32 @@ class AfterStep:
 
 
 def owned(attention: Float[Tensor, "b s h w"], owners: Int[Tensor, "b s"]) -> Float[Tensor, "b s h w"]:
-    """1 in the slots of the subject that a pixel attends to most, summed over the subject's nouns; 0 elsewhere."""
-    slots = F.one_hot(owners.clamp(min=0), owners.shape[1]) * (owners >= 0)[..., None]
-    by_subject = torch.einsum("bshw,bsi->bihw", attention, slots.to(attention.dtype))
-    winner = rearrange(by_subject.argmax(dim=1), "b h w -> b 1 h w")
-    mine: Bool[Tensor, "b s h w"] = winner == rearrange(owners, "b s -> b s 1 1")
-    return mine.to(attention.dtype)
+    """1 in the slots of the subject whose region a pixel is in; 0 elsewhere.
+
+    A region is what lies nearest to a subject's centre. Centres start at the centres of mass of each subject's A_s, so
+    that a subject keeps its place, and k-means moves them to where all attention together gathers. The largest A_s of
+    each pixel instead gave one subject's head and the other's shirt to one person: on the toy prior subjects mixed more
+    than when left alone (docs/control.md).
+    """
+    members = F.one_hot(owners.clamp(min=0), owners.shape[1]) * (owners >= 0)[..., None]
+    by_subject = torch.einsum("bshw,bsi->bihw", attention, members.to(attention.dtype)).flatten(2)
+    share = by_subject / by_subject.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
+    height, width = attention.shape[-2:]
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(attention)
+    missing = (members.sum(dim=1) == 0)[..., None]
+    centre, weight = share @ place, share.sum(dim=1, keepdim=True)
+    for _ in range(_MOVES):
+        near = F.one_hot(_nearest(centre, place, missing), share.shape[1]).transpose(1, 2) * weight
+        mass = near.sum(dim=-1, keepdim=True)
+        centre = torch.where(mass > 0, near @ place / mass.clamp(min=1e-12), centre)
+    winner = rearrange(_nearest(centre, place, missing), "b (h w) -> b 1 h w", h=height)
+    return (winner == rearrange(owners, "b s -> b s 1 1")).to(attention.dtype)
+
+
+def _nearest(
+    centre: Float[Tensor, "b s 2"], place: Float[Tensor, "n 2"], missing: Bool[Tensor, "b s 1"]
+) -> Int[Tensor, "b n"]:
+    return torch.cdist(centre, place.expand(len(centre), -1, -1)).masked_fill(missing, torch.inf).argmin(dim=1)
 
 
 def slot_owners(owners: Sequence[Sequence[int]], copies: int) -> Int[Tensor, "b s"] | None:

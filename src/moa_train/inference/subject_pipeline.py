@@ -19,7 +19,7 @@ from moa_train.inference.steps import AfterStep, slot_owners
 from moa_train.inference.subjects import Subject, Views, subject_pixels, subjects_of_each
 from moa_train.inference.weights import load_personalized_prior
 from moa_train.model.attention import MoACall
-from moa_train.model.unet import attention_layers
+from moa_train.model.unet import MoAConfig, attention_layers
 from moa_train.prompts import Prompt, parse_prompt, tokenize
 from moa_train.symbols import Conditioning
 
@@ -88,9 +88,9 @@ class SubjectPipeline(KeepsAttention):
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         record_routing: bool = True,
-        subject_strength: float | Mapping[str, float] = 1.0,
+        subject_strength: float | int | Mapping[str, float | int] = 1.0,
         routing_override: Any = None,
-        subject_start: float = 0.0,
+        subject_start: float | int = 0.0,
         regions: Sequence[Any] | None = None,
         separate_subjects: bool = False,
         **options: Any,
@@ -136,6 +136,8 @@ class SubjectPipeline(KeepsAttention):
         positive, negative = self._encode(texts, negative_prompt, options)
         conditioning = self._conditioning(prompts, chosen, positive, negative, num_images_per_prompt)
         control = controls.bind(prompts, num_images_per_prompt, attention_layers(self.unet))
+        if (control is not None or subject_start > 0) and not isinstance(self.unet.moa.config, MoAConfig):
+            raise ValueError(f"control at sampling needs MoA; these weights are of {self.unet.moa.config.name}")
         owners = slot_owners([one.owners for one in prompts], num_images_per_prompt) if separate_subjects else None
         call = MoACall(conditioning, record=record_routing or owners is not None, control=control)
         recorder = RoutingRecorder() if record_routing else None
