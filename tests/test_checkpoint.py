@@ -30,6 +30,19 @@ def exported(tmp_path, state):
     return path
 
 
+def test_a_pickle_is_refused_without_running_what_is_in_it(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "weights.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="may run code"):
+        load_personalized(tmp_path / "weights.safetensors")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "weights.safetensors").read_bytes())
+    assert (tmp_path / "ran").exists(), "the pickle would have run"
+
+
 def test_an_export_comes_back_to_the_bit(exported, state):
     loaded, metadata = load_personalized(exported)
     assert loaded.keys() == state.keys()
@@ -60,9 +73,13 @@ def test_what_is_not_a_whole_export_is_refused(exported, tmp_path, state):
     pickled.write_bytes(pickle.dumps(state))
     torch.save(state, saved)
     save_file({"a": torch.zeros(1)}, foreign)
-    assert "not a whole safetensors file" in one_line(pickled)
-    assert "not a whole safetensors file" in one_line(saved)
-    assert "not an export" in one_line(foreign)
+    for path in (pickled, saved):
+        assert "may run code when it is read: give the .safetensors file that moa-export ckpt=" in one_line(path)
+    assert "give the .safetensors file that moa-export wrote" in one_line(foreign)
+    save_file({"a": torch.zeros(1)}, foreign, metadata={"moa_train": "{no json"})
+    assert "not JSON" in one_line(foreign)
+    save_file({"a": torch.zeros(1)}, foreign, metadata={"moa_train": "[1]"})
+    assert "export it again" in one_line(foreign)
     content = exported.read_bytes()
     for length in (0, 5, 40, len(content) - 1):
         exported.write_bytes(content[:length])

@@ -1,34 +1,15 @@
-"""`moa-train` and `moa-export` from the command line's point of view."""
+"""`moa-train` from the command line's point of view."""
 
-import logging
 import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors import safe_open
 
-from moa_train.checkpoint import load_personalized
-from moa_train.cli import export, train
+from calling import call
+from moa_train.cli import train
 from moa_train.cli.paths import config_dir
 from moa_train.cli.prior import prior_paths_as_source
-from moa_train.model.unet import MoAConfig, add_moa, load_personalized_state_dict, personalized_state_dict
-from moa_train.prior.load import load_prior
-from moa_train.training import export as exporting
 from tiny import load
-
-
-def call(main, monkeypatch, *arguments):
-    """Exit code of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["moa", *arguments])
-    handlers = logging.root.handlers[:]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
-    finally:
-        logging.root.handlers[:] = handlers  # Hydra's write to the captured stdout of this test
-    return 0
 
 
 @pytest.mark.parametrize("experiment", ["toy", "ffhq_sd15"])
@@ -124,61 +105,3 @@ def test_help_names_the_experiments_and_starts_without_heavy_imports():
     assert "toy" in told
     assert "ffhq_sd15" in told
     assert "{" not in told
-
-
-@pytest.mark.parametrize("ema", [True, False])
-def test_an_export_in_float32_is_the_checkpoint_to_the_bit(world, finished, tmp_path, monkeypatch, ema):
-    out = tmp_path / "personalized.safetensors"
-    code = call(export.main, monkeypatch, f"ckpt={finished}", f"out={out}", "dtype=float32", f"ema={str(ema).lower()}")
-    assert code == 0
-    checkpoint = load(finished)
-    expected = checkpoint["ema"]["average"] if ema else checkpoint["state_dict"]
-    state, metadata = load_personalized(out)
-    prior = load_prior(str(world.folder / "prior"))
-    unet = add_moa(prior.unet, MoAConfig(**metadata["moa"]))
-    load_personalized_state_dict(unet, state)
-    loaded = {f"denoiser.unet.{name}": value for name, value in personalized_state_dict(unet).items()}
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    assert (metadata["step"], metadata["ema"], metadata["prior"]["weights"]) == (4, ema, prior.identity["weights"])
-    assert metadata["config"]["max_steps"] == 4
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_an_export_in_half_precision_is_the_rounded_average(finished, tmp_path, dtype):
-    out = tmp_path / "personalized.safetensors"
-    assert exporting.export_checkpoint(finished / "checkpoints" / "last.ckpt", out, dtype) == 4
-    average = load(finished)["ema"]["average"]
-    with safe_open(out, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            assert torch.equal(file.get_tensor(name), average[f"denoiser.unet.{name}"].to(getattr(torch, dtype)))
-
-
-def test_files_that_are_no_checkpoint_are_refused_in_one_line(finished, tmp_path, monkeypatch, capfd):
-    whole = (finished / "checkpoints" / "last.ckpt").read_bytes()
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    (tmp_path / "torn.ckpt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.ckpt").write_bytes(b"")
-    for name in ("foreign.ckpt", "torn.ckpt", "empty.ckpt", "nowhere.ckpt"):
-        assert call(export.main, monkeypatch, f"ckpt={tmp_path / name}") == 2
-        errors = [line for line in capfd.readouterr().err.splitlines() if "moa-export: error:" in line]
-        assert len(errors) == 1
-        assert name in errors[0]
-    with pytest.raises(ValueError, match="dtype=int8"):
-        exporting.export_checkpoint(finished / "checkpoints" / "last.ckpt", tmp_path / "x", "int8")
-
-
-def test_the_hub_gets_the_file_under_its_name(monkeypatch, tmp_path):
-    calls = []
-
-    class Hub:
-        def create_repo(self, repository, exist_ok):
-            calls.append((repository, exist_ok))
-
-        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
-            return f"https://hub/{repo_id}/{path_in_repo}"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    address = exporting.push_to_hub(tmp_path / "personalized.safetensors", "user/name")
-    assert address == "https://hub/user/name/personalized.safetensors"
-    assert calls == [("user/name", True)]

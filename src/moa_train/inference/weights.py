@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moa_train.checkpoint import load_personalized
+from moa_train.checkpoint import LOCAL, load_personalized
 from moa_train.conditioning.encoders import build_image_encoder
 from moa_train.methods import method_of
 from moa_train.model.unet import install, load_personalized_state_dict
@@ -40,16 +40,36 @@ def load_personalized_prior(
     """
     if weights is None:
         return load_prior(str(prior), **options), {}
-    state, metadata = load_personalized(weights_path(weights))
-    config = metadata.get("config", {})
-    if "image_encoder" in config and "image_encoder" not in options:
-        chosen = config["image_encoder"]
-        encoder = build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])
-        options = {**options, "image_encoder": encoder}
+    path = weights_path(weights)
+    state, metadata = load_personalized(path)
+    if "image_encoder" not in options:
+        options |= _trained_image_encoder(metadata)
     parts = load_prior(str(prior), **options)
-    install(parts.unet, method_of(metadata))
-    fill_moa(parts, state, metadata)
-    return parts, config
+    try:
+        install(parts.unet, method_of(metadata))
+        fill_moa(parts, state, metadata)
+    except ValueError as error:
+        own = metadata["prior"].get("name")
+        raise ValueError(f"{path} was trained on the prior {own} and does not fit {prior}: {error}") from error
+    return parts, metadata.get("config", {})
+
+
+def _trained_image_encoder(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The image encoder of the training as an option of `load_prior`; none for the prior's own.
+
+    One that lay in a folder of its own has lost its place in the export: the prior's own stands in, with a warning.
+    """
+    chosen = metadata.get("config", {}).get("image_encoder")
+    if chosen is None:
+        return {}
+    if chosen["name"].startswith(LOCAL) and not Path(chosen["name"]).exists():
+        logger.warning(
+            "the weights were trained with an image encoder of their own (%s) and get the prior's: unless it is the "
+            "same one, give it as image_encoder=build_image_encoder(FOLDER)",
+            chosen["name"],
+        )
+        return {}
+    return {"image_encoder": build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])}
 
 
 def fill_moa(parts: Prior, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
