@@ -198,7 +198,7 @@ QUESTIONS = (
     "context_difference.other_seed", "context_accuracy.moa", "context_accuracy.prior", "context_accuracy.real",
     "routing_iou", "diversity.moa", "diversity.prior", "person_found.moa", "person_found.prior",
 )  # fmt: skip
-EVALUATED: dict = {"intervals": {name: [0.125, 0.375] for name in QUESTIONS}, "routing_iou": 0.23456}
+EVALUATED: dict = {"method": "moa", "intervals": {name: [0.125, 0.375] for name in QUESTIONS}, "routing_iou": 0.23456}
 for name in QUESTIONS[:9] + QUESTIONS[10:]:
     EVALUATED.setdefault(name.split(".")[0], {})[name.split(".")[1]] = 0.25
 
@@ -245,6 +245,13 @@ def test_the_card_has_the_measured_figures_and_names_a_prior_of_the_hub(finished
     assert "Licence: not stated" in card
     assert "| Did the router find the person? | MoA | 0.2346 | 0.125 – 0.375 |" in card
     assert 'from_pretrained("owner/prior", weights="mine.safetensors")' in card
+
+
+def test_figures_of_something_else_are_named(finished, tmp_path, monkeypatch, capfd):
+    weights = export_of(finished, tmp_path)
+    (tmp_path / "metrics.json").write_text('{"loss": 1.0}')
+    told = refused(export.main, monkeypatch, capfd, f"ckpt={weights}", f"hub={tmp_path / 'hub'}")
+    assert "metrics.json is not what moa-eval writes" in told
 
 
 @pytest.mark.parametrize("hub", ["name", "a/b/c", "user/na me"])

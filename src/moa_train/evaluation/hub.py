@@ -118,7 +118,7 @@ def _figures(validation: Mapping[str, float | int], figures: Mapping[str, Any] |
     lines = ["## Figures", ""]
     if figures is not None:
         lines += ["| measured by `moa-eval` | | mean | 95 % interval |", "|---|---|---|---|"]
-        for question, _, whose, mean, low, high in table(figures):
+        for question, _, whose, mean, low, high in _measured(figures):
             lines.append(f"| {question} | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
         lines.append("")
     if validation:
@@ -126,6 +126,15 @@ def _figures(validation: Mapping[str, float | int], figures: Mapping[str, Any] |
         lines += [f"| {name.partition('/')[2]} | {value:.4g} |" for name, value in validation.items() if name != "step"]
         lines.append("")
     return lines if len(lines) > 2 else [*lines, "None were measured.", ""]
+
+
+def _measured(figures: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
+    try:
+        return table(figures)
+    except KeyError as error:
+        raise ValueError(
+            f"the run's {FIGURES} is not what moa-eval writes (it has no {error.args[0]}): measure again, or rename it"
+        ) from error
 
 
 def _use(file: str, prior: str) -> list[str]:
