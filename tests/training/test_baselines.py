@@ -41,16 +41,22 @@ def test_a_baseline_is_trained_exported_and_generates(world, baseline, tmp_path)
     out = tmp_path / "personalized.safetensors"
     export_checkpoint(run_dir / "checkpoints" / "last.ckpt", out, "float32")
     photo = Image.effect_noise((32, 32), 90).convert("RGB"), torch.ones(32, 32).numpy()
-    made = {}
-    for prompt, subjects in (("a man <1> at sea", [photo]), ("a man at sea", [])):
-        pipe = MoAPipeline.from_pretrained(world.folder / "prior", out)
-        pipe.set_progress_bar_config(disable=True)
+    pipe = MoAPipeline.from_pretrained(world.folder / "prior", out)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(prompt, subjects, **control):
         options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
-        made[prompt] = pipe(prompt, subjects=subjects, height=16, width=16, **options).images
-        assert pipe.routing is None
-    one, two = made.values()
-    assert one.isfinite().all()
-    assert not torch.equal(one, two)
+        return pipe(prompt, subjects=subjects, height=16, width=16, **options, **control).images
+
+    given = draw("a man <1> at sea", [photo])
+    assert pipe.routing is None
+    assert given.isfinite().all()
+    text = draw("a man at sea", [])
+    assert not torch.equal(given, text)
+    assert torch.equal(draw("a man <1> at sea", [photo], subject_start=1.0), text)
+    for control in ({"subject_strength": 0.5}, {"separate_subjects": True}):
+        with pytest.raises(ValueError, match=f"{name}, which has no router"):
+            draw("a man <1> at sea", [photo], **control)
 
 
 def test_each_baseline_brings_its_own_losses_and_the_command_line_still_has_the_last_word(world):

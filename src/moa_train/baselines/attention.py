@@ -33,7 +33,7 @@ class MultimodalProcessor(PriorProcessor):
     ) -> Float[Tensor, "b n d"]:
         """The layer's output."""
         assert encoder_hidden_states is not None, "cross-attention only"
-        if moa is None or moa.conditioning.prior_rows == len(hidden_states):
+        if moa is None or not moa.active or moa.conditioning.prior_rows == len(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         skip = moa.conditioning.prior_rows
         subjects = moa.personalized_tokens(self.layer, encoder_hidden_states[skip:])

@@ -83,7 +83,7 @@ class IPAdapterProcessor(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """The layer's output."""
         assert encoder_hidden_states is not None, "cross-attention only"
-        if moa is None or moa.conditioning.prior_rows == len(hidden_states):
+        if moa is None or not moa.active or moa.conditioning.prior_rows == len(hidden_states):
             return PriorProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
         skip = moa.conditioning.prior_rows
         query, key, value = projected(attn, hidden_states, encoder_hidden_states)

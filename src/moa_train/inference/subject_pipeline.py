@@ -136,8 +136,10 @@ class SubjectPipeline(KeepsAttention):
         positive, negative = self._encode(texts, negative_prompt, options)
         conditioning = self._conditioning(prompts, chosen, positive, negative, num_images_per_prompt)
         control = controls.bind(prompts, num_images_per_prompt, attention_layers(self.unet))
-        if (control is not None or subject_start > 0) and not isinstance(self.unet.moa.config, MoAConfig):
-            raise ValueError(f"control at sampling needs MoA; these weights are of {self.unet.moa.config.name}")
+        if (control is not None or separate_subjects) and not isinstance(self.unet.moa.config, MoAConfig):
+            raise ValueError(
+                f"these weights are of {self.unet.moa.config.name}, which has no router: only subject_start controls it"
+            )
         owners = slot_owners([one.owners for one in prompts], num_images_per_prompt) if separate_subjects else None
         call = MoACall(conditioning, record=record_routing or owners is not None, control=control)
         recorder = RoutingRecorder() if record_routing else None
