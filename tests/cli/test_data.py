@@ -121,3 +121,31 @@ def test_help_teaches(moa_data, command):
     assert code == 0
     assert f"moa-data {' '.join(command)}".strip() in out
     assert max(len(line) for line in out.splitlines()) <= 120
+
+
+def test_subjects_writes_each_subject_as_the_photo_that_generation_takes(moa_data, tmp_path):
+    from moa_train.inference.subjects import photo_and_mask
+    from moa_train.prompts import parse_prompt
+
+    moa_data(*TOY, "subjects=[2,2]")
+    code, out, _ = moa_data("subjects", "world/test", "out=people")
+    assert code == 0
+    reader = ShardReader(ShardIndex.load(tmp_path / "world" / "test"))
+    samples = {reader[i].key: reader[i] for i in range(2)}
+    told = dict(line.split("   ") for line in out.splitlines())
+    assert {path.name for path in (tmp_path / "people").iterdir()} == {name.removeprefix("people/") for name in told}
+    assert len(told) == 4
+    seen = set()
+    for name, prompt in told.items():
+        sample = samples[name.removeprefix("people/").split("-")[0]]
+        image, mask = photo_and_mask(tmp_path / name)
+        assert np.array_equal(image, sample.image)
+        (segment,) = [s for s in sample.segments if np.array_equal(sample.labels == s.id, mask)]
+        seen.add((sample.key, segment.id))
+        parsed = parse_prompt(prompt)
+        assert parsed.text == sample.caption
+        assert parsed.spans == ((segment.start, segment.end),)
+    assert len(seen) == 4
+    code, _, err = moa_data("subjects", "world/test", "start=2")
+    assert code == 2
+    assert "no sample of the 2" in err

@@ -57,7 +57,7 @@ def test_generate_writes_pictures_that_say_how_they_were_made(world, tmp_path):
         generate.run(
             composed("generate", world, prompt, *subjects, "seeds=[3,8]", f"out={tmp_path / out}", "progress=false")
         )
-    names = {"seed=3.png", "seed=8.png", "samples.png", "routing.png", "config.yaml"}
+    names = {"seed=3.png", "seed=8.png", "samples.png", "routing.png", "facts.json", "config.yaml"}
     assert {path.name for path in (tmp_path / "first").iterdir()} == names
     for name in names - {"config.yaml"}:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
@@ -66,6 +66,9 @@ def test_generate_writes_pictures_that_say_how_they_were_made(world, tmp_path):
         assert picture.text["prompt"] == "a man <1> at sea"
         assert picture.text["seed"] == "8"
         assert len(json.loads(picture.text["subjects"])[0]) == len(picture.text["weights"]) == 64
+        told = {name: value for name, value in picture.text.items() if name != "seed"}
+    facts = json.loads((tmp_path / "first" / "facts.json").read_text())
+    assert told == {name: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for name, v in facts.items()}
 
 
 def test_generate_without_subject_takes_the_size_asked_for(world, tmp_path):
@@ -76,19 +79,87 @@ def test_generate_without_subject_takes_the_size_asked_for(world, tmp_path):
     assert not (tmp_path / "routing.png").exists()
 
 
+def test_several_photos_of_one_subject_are_an_inner_list(world, tmp_path):
+    two = [
+        f"subjects=[[{world / 'man.png'},{world / 'man.png'}]]",
+        f"masks=[[{world / 'mask.png'},{world / 'mask.png'}]]",
+    ]
+    one = [f"subjects=[{world / 'man.png'}]", f"masks=[{world / 'mask.png'}]"]
+    for name, subjects in (("one", one), ("two", two)):
+        more = ["prompt='a man <1> at sea'", "seeds=[0]", f"out={tmp_path / name}", "progress=false"]
+        generate.run(composed("generate", world, *subjects, *more))
+    with Image.open(tmp_path / "one" / "seed=0.png") as first, Image.open(tmp_path / "two" / "seed=0.png") as second:
+        assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max() <= 1
+        assert len(json.loads(second.text["subjects"])[0]) == 2
+
+
+TASK_FILES = {
+    "swap": "swap.png swap.json prior swap-1 swap-2",
+    "morph": "morph.png morph.gif morph.json frame=00.png frame=01.png frame=02.png",
+    "compose": "compose.png compose.json prior with-1 with-1-2 with-2",
+    "invert": "invert.png invert.json input.png reconstruction.png swap-1.png swap-1_free.png swap-2.png "
+    "swap-2_free.png",
+    "routing": "seed=0.png seed=5.png routing",
+}
+"""What each task writes besides facts.json and config.yaml; a word without a dot: WORD_seed=0.png, WORD_seed=5.png."""
+
+
+def files_of(task):
+    words = TASK_FILES[task].split()
+    return {name for word in words for name in ([word] if "." in word else [f"{word}_seed={s}.png" for s in (0, 5)])}
+
+
+@pytest.mark.parametrize("task", list(TASK_FILES))
+def test_a_task_writes_its_files_and_the_same_command_the_same_bytes(world, tmp_path, task, capsys):
+    count = 1 if task == "routing" else 2
+    photo, mask = world / "man.png", world / "mask.png"
+    prompt = "a man <1> and a dog <2> at sea" if task == "compose" else "a man <1> at sea"
+    given = [f"task={task}", f"prompt='{prompt}'", f"subjects={[str(photo)] * count}", f"masks={[str(mask)] * count}"]
+    own = {"morph": ["frames=3"], "invert": [f"input={photo}", f"input_mask={mask}"]}.get(task, [])
+    for out in ("first", "second"):
+        out_and_more = [f"out={tmp_path / out}", "progress=false", "seeds=[0,5]"]
+        generate.run(composed("generate", world, *given, *own, *out_and_more))
+    assert f"{tmp_path / 'first'}" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "first").iterdir()}
+    assert names == files_of(task) | {"config.yaml", "facts.json"}
+    for name in names - {"config.yaml"}:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    for name in names:
+        if name.endswith((".png", ".gif")):
+            with Image.open(tmp_path / "first" / name) as picture:
+                told = picture.text if name.endswith(".png") else json.loads(picture.info["comment"])
+                assert (told["task"], told["prompt"]) == (task, prompt)
+                assert len(told["weights"]) == 64
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["masks=[a.png,b.png]", "subjects=[c.png]"], "2 masks were given for 1 subjects"),
         (["seeds=[]"], "seeds is empty"),
+        (["seeds=[1,1]"], "each once"),
         (["size=[8]"], r"size is \[8\]"),
-        (["subjects=[none.png]"], "none.png: no such file"),
+        (["subjects=[none.png]"], "none.png is not a file"),
         (["weights=none.safetensors"], "none.safetensors is not a file"),
+        (["lora=none.safetensors"], "none.safetensors is not a file"),
+        (["task=swop"], "there is no task swop; expected one of generate, swap, .*; did you mean swap"),
+        (["task=invert"], "task=invert needs a real picture: give input=photo.png"),
+        (["task=swap", "frames=4"], "frames is a setting of task=morph, this is task=swap"),
+        (["task=invert", "input=none.png"], "none.png is not a file"),
+        (["task=swap"], "marks 1 subjects and 0 were given"),
+        (["task=morph"], "give two for each marker"),
+        (["task=compose"], "marks 1 subjects and 0 were given"),
+        (["task=routing", "prompt='the sea'"], "so nothing is routed"),
     ],
 )
 def test_generate_names_what_is_wrong(world, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         generate.run(composed("generate", world, "prompt='a man <1>'", f"out={tmp_path}", *overrides))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_task_of_the_help_is_there_and_every_task_is_in_the_help():
+    assert set(re.findall(r"^  task=(\w+)", generate.HELP, flags=re.MULTILINE)) == generate.TASKS.keys()
 
 
 def test_eval_measures_and_reports(world, tmp_path, capsys):

@@ -9,31 +9,6 @@ import torch
 from moa_train.evaluation import metrics
 
 
-def naive_otsu(values: np.ndarray, bins: int = 256) -> float:
-    """The cut with the largest variance between classes, by trying all of them."""
-    edges = np.linspace(values.min(), values.max(), bins + 1)
-    index = np.clip(((values - values.min()) / (edges[1] - edges[0])).astype(int), 0, bins - 1)
-    scores = []
-    for cut in range(bins - 1):
-        low, high = index[index <= cut], index[index > cut]
-        scores.append(0.0 if not len(low) or not len(high) else len(low) * len(high) * (low.mean() - high.mean()) ** 2)
-    best = np.flatnonzero(np.array(scores) >= max(scores) * (1 - 1e-6))
-    return float(edges[0] + (best.mean() + 1) * (edges[1] - edges[0]))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_otsu_equals_the_naive_search(seed):
-    rng = np.random.default_rng(seed)
-    values = np.concatenate([rng.normal(0.2, 0.05, 80), rng.normal(0.7, 0.1, 64)]).astype(np.float32)
-    found = metrics.otsu_threshold(torch.from_numpy(values).reshape(1, 12, 12))
-    assert float(found) == pytest.approx(naive_otsu(values), abs=1e-4)
-
-
-def test_otsu_cuts_two_levels_in_the_middle_and_leaves_constants_alone():
-    maps = torch.stack([torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.full((2, 2), 0.3)])
-    assert torch.allclose(metrics.otsu_threshold(maps), torch.tensor([0.5, 0.3]), atol=0.01)
-
-
 def test_routing_iou_is_one_for_the_mask_itself_and_ignores_scale_and_offset():
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 2:9] = True
@@ -61,15 +36,6 @@ def test_cosine_equals_numpy_and_is_zero_for_nobody():
     a[2] = 0
     expected = [*(a[i] @ b[i] / np.linalg.norm(a[i]) / np.linalg.norm(b[i]) for i in range(2)), 0.0]
     assert metrics.cosine(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_dilation_reaches_exactly_its_margin_in_each_direction():
-    mask = torch.zeros(1, 9, 9, dtype=torch.bool)
-    mask[0, 4, 4] = True
-    grown = metrics.dilate(mask, 2)[0]
-    assert grown.sum() == 25
-    assert grown[2:7, 2:7].all()
-    assert torch.equal(metrics.dilate(mask, 0), mask)
 
 
 def test_context_difference_sees_only_what_is_outside_people():

@@ -1,10 +1,10 @@
-"""`moa-generate`: pictures of the subjects of photos, from personalized weights."""
+"""`moa-generate`: pictures of the subjects of photos, and edits of them, from personalized weights."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moa_train.cli.command import command
 from moa_train.cli.paths import config_dir
@@ -13,10 +13,8 @@ from moa_train.cli.prior import prior_paths_as_source
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from moa_train.inference.pictures import Picture
-
 HELP = """\
-Make pictures of the people (or other subjects) in your photos.
+Make pictures of the people (or other subjects) in your photos, and edit pictures with them.
 
   moa-generate prompt="a photo of a man <1> at the beach" subjects=[man.png]
   moa-generate prompt="a photo of a man <1> and a woman <2> in the forest" subjects=[man.jpg,woman.jpg] seeds=[0,1,2,3]
@@ -25,82 +23,93 @@ Make pictures of the people (or other subjects) in your photos.
 <1> stands behind the noun that is the first photo's subject, <2> behind the second's. A prompt without a marker gives
 the prior's own picture. What counts as the subject of a photo: its mask; else its alpha channel; else the person found.
 
+Tasks. Each writes pictures, a sheet of them, and its measurements as JSON; docs/tasks/ has a page for each.
+
+  task=generate   (default) one picture a seed: samples.png, routing.png
+  task=swap       the same seeds with other subjects: a grid whose context stays. One subject a row (with n markers, n)
+      moa-generate task=swap prompt="a photo of a man <1> at the beach" subjects=[tom.png,tim.png,jim.png] seeds=[0,1,2]
+  task=morph      from one subject to another at the first seed: morph.gif and morph.png (a strip)
+      moa-generate task=morph prompt="a photo of a man <1> at the beach" subjects=[tom.png,tim.png] frames=9
+  task=compose    subjects come in and go out one at a time, all else stays
+      moa-generate task=compose prompt="a man <1> and a woman <2> in the forest" subjects=[tom.png,ann.png]
+  task=invert     another subject in a real picture: DDIM inversion, reconstruction with its error, one swap a subject
+      moa-generate task=invert input=beach.png prompt="a photo of a man <1> at the beach" subjects=[tim.png] steps=50
+  task=routing    the paper's figure: what each attention layer gives to the personalized expert at each timestep
+      moa-generate task=routing prompt="a photo of a man <1> at the beach" subjects=[tom.png] seeds=[0]
+
+Settings
+
   prior=toy                 network to personalise: toy (in this package), a Stable Diffusion folder, a hub id
   weights=toy               what moa-export wrote; toy: the file in this package; null: the prior alone
+  lora=style.safetensors    a LoRA on the prior: changes the style, not who it is; lora_scale=1.0
+  subjects=[[a.png,b.png]]  an inner list: several photos of one subject
   masks=[man_mask.png]      one mask a photo, white on the subject
   seeds=[0,1,2,3]           one picture a seed; equal seeds and settings give equal files
   steps=25 guidance=5       denoising steps; classifier-free guidance
   negative_prompt="..."     what to guide away from
   size=[512,512]            width and height in pixels; null: the prior's own
-  routing=false             no routing maps
-  out=outputs/generate      where everything goes
+  batch_size=4              pictures denoised together: memory against speed
+  routing=false             task=generate without routing maps
+  frames=9                  task=morph: pictures, the ends included
+  input=photo.png           task=invert: the real picture; input_mask=mask.png is white where it may change
+  out=outputs/TASK          where everything goes
   device=cuda dtype=float16
 
-Writes seed=N.png (its settings inside), samples.png (all of them), routing.png (which pixels the personalized expert
-drew) and config.yaml into `out`. Every setting with its meaning: configs/generate.yaml
+Writes its pictures (settings, seeds and hashes of all files inside), facts.json (the same) and config.yaml into `out`.
+Every setting with its meaning: configs/generate.yaml
 """
 
 
+class Task(NamedTuple):
+    """What `task=` names: "package.module:function" of a `Job`, and the settings that no other task reads."""
+
+    function: str
+    settings: tuple[str, ...] = ()
+
+
+TASKS = {
+    "generate": Task("moa_train.cli.tasks:generate"),
+    "swap": Task("moa_train.cli.tasks:swap"),
+    "morph": Task("moa_train.cli.tasks:morph", ("frames",)),
+    "compose": Task("moa_train.cli.tasks:compose"),
+    "invert": Task("moa_train.cli.tasks:invert", ("input", "input_mask")),
+    "routing": Task("moa_train.cli.tasks:routing"),
+}
+
+
 def run(cfg: DictConfig) -> None:
-    """Make the pictures that the configuration describes."""
+    """Do the task that the configuration names."""
     from omegaconf import OmegaConf
 
-    from moa_train.inference.device import device_and_dtype
-    from moa_train.inference.pictures import generate
-    from moa_train.inference.pipeline import MoAPipeline
-
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    seeds, size = settings["seeds"], settings["size"] or [None, None]
-    subjects = _subjects(settings["subjects"], settings["masks"])
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one, seeds=[0]")
-    if len(size) != 2:
-        raise ValueError(f"size is {size}; expected width and height in pixels, size=[512,512], or null")
-    device, dtype = device_and_dtype(settings["device"], settings["dtype"])
-    pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=not settings["progress"])
-    pictures = list(
-        generate(
-            pipe,
-            [settings["prompt"]] * len(seeds),
-            [subjects] * len(seeds),
-            seeds,
-            settings["batch_size"],
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance"],
-            negative_prompt=settings["negative_prompt"],
-            width=size[0],
-            height=size[1],
-            record_routing=settings["routing"],
-        )
-    )
-    out = Path(settings["out"])
-    _write(out, pictures, settings)
-    OmegaConf.save(cfg, out / "config.yaml")
-    print(f"{len(pictures)} pictures in {out}/: see {out / 'samples.png'}")
+    task = chosen_task(settings)
+
+    from moa_train.cli.job import Job
+
+    job = Job(settings)
+    module, function = task.function.split(":")
+    told = getattr(import_module(module), function)(job)
+    job.write_facts()
+    OmegaConf.save(cfg, job.out / "config.yaml")
+    print(told)
 
 
-def _subjects(photos: list[str], masks: list[str]) -> list[Any]:
-    if masks and len(masks) != len(photos):
-        raise ValueError(f"{len(masks)} masks were given for {len(photos)} subjects: give one mask a photo, or none")
-    return list(zip(photos, masks, strict=True)) if masks else list(photos)
+def chosen_task(settings: dict[str, Any]) -> Task:
+    """The task, once its settings are known to be its own.
 
+    Raises:
+        ValueError: an unknown task, or a setting that another task reads.
+    """
+    from moa_train.cli.schema import nearest
 
-def _write(out: Path, pictures: list[Picture], settings: dict[str, Any]) -> None:
-    from moa_train.inference.pictures import ROUTING_COLUMNS, contact_sheet, file_hash, routing_row, save_png
-    from moa_train.inference.weights import weights_path
-
-    facts = {name: settings[name] for name in ("prompt", "negative_prompt", "steps", "guidance")}
-    facts["prior"] = settings["prior"]["source"]
-    facts["subjects"] = [file_hash(Path(photo)) for photo in settings["subjects"]]
-    weights = settings["weights"]
-    facts["weights"] = None if weights is None else file_hash(weights_path(weights))
-    for picture in pictures:
-        save_png(out / f"seed={picture.seed}.png", picture.image, {**facts, "seed": picture.seed})
-    rows = [[picture.image for picture in pictures[i : i + 4]] for i in range(0, len(pictures), 4)]
-    save_png(out / "samples.png", contact_sheet(rows, side=max(128, pictures[0].image.width)), facts)
-    if pictures[0].steps is not None:
-        save_png(out / "routing.png", contact_sheet([routing_row(p) for p in pictures], ROUTING_COLUMNS), facts)
+    name = settings["task"]
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name}; expected one of {', '.join(TASKS)}{nearest(str(name), TASKS)}")
+    for other, task in TASKS.items():
+        for key in task.settings:
+            if other != name and settings[key] is not None:
+                raise ValueError(f"{key} is a setting of task={other}, this is task={name}: leave it out")
+    return TASKS[name]
 
 
 def main() -> None:

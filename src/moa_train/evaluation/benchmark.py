@@ -20,6 +20,7 @@ from moa_train.data.sources.toyworld import NOUNS, draw_scene
 from moa_train.evaluation import metrics
 from moa_train.evaluation.gallery import REAL_STREAM, Gallery, ToyProtocol, make_gallery
 from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.regions import dilate
 from moa_train.prior.probe import SIZE, Probe, crop_people
 
 
@@ -122,7 +123,7 @@ def _real_scenes(gallery: Gallery) -> Float[Tensor, "b 3 h w"]:
 def _difference(
     first: Seen, second: Seen, i: Int[Tensor, " b"], j: Int[Tensor, " b"], margin: int
 ) -> Float[Tensor, " b"]:
-    people = metrics.dilate(first.people[i] | second.people[j], margin)
+    people = dilate(first.people[i] | second.people[j], margin)
     return metrics.context_difference(first.pixels[i], second.pixels[j], people)
 
 

@@ -9,31 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moa_train.inference.regions import otsu_threshold
+
 Interval = tuple[float, float]
-
-
-def otsu_threshold(maps: Float[Tensor, "b h w"], bins: int = 256) -> Float[Tensor, " b"]:
-    """Otsu's threshold of each map: the cut between two histogram bins with the largest variance between the classes.
-
-    It needs no choice of level, which a routing map's own range would make arbitrary. A constant map gets its value.
-    """
-    values = rearrange(maps.float(), "b h w -> b (h w)")
-    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-    step = (high - low).clamp_min(torch.finfo(torch.float32).tiny) / bins
-    index = ((values - low) / step).long().clamp_(0, bins - 1)
-    share = functional.one_hot(index, bins).float().mean(dim=1)
-    below = share.cumsum(dim=1)[:, :-1]
-    moment = (share * torch.arange(bins, device=share.device)).cumsum(dim=1)
-    between = (moment[:, -1:] * below - moment[:, :-1]) ** 2 / (below * (1.0 - below)).clamp_min(1e-12)
-    best = torch.where(between >= between.amax(dim=1, keepdim=True) * (1.0 - 1e-6), 1.0, 0.0)
-    # The middle of the maximum: it is flat where the histogram has a gap.
-    middle = (best * torch.arange(bins - 1, device=best.device)).sum(dim=1) / best.sum(dim=1)
-    return torch.where(high[:, 0] > low[:, 0], low[:, 0] + (middle + 1.0) * step[:, 0], low[:, 0])
 
 
 def iou(first: Bool[Tensor, "b h w"], second: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
@@ -57,12 +40,6 @@ def routing_iou(routing: Float[Tensor, "b h w"], mask: Bool[Tensor, "b h_mask w_
 def cosine(first: Float[Tensor, "b i"], second: Float[Tensor, "b i"]) -> Float[Tensor, " b"]:
     """Cosine between two identity vectors, row by row; 0 where a vector is zero (no person was found)."""
     return functional.cosine_similarity(first.float(), second.float(), dim=1, eps=1e-12)
-
-
-def dilate(mask: Bool[Tensor, "b h w"], pixels: int) -> Bool[Tensor, "b h w"]:
-    """The mask grown by `pixels` in each direction (a square of side 2 * pixels + 1)."""
-    grown = functional.max_pool2d(mask.float()[:, None], 2 * pixels + 1, stride=1, padding=pixels)
-    return grown[:, 0] > 0.5
 
 
 def context_difference(

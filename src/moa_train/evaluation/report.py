@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from moa_train.checkpoint import atomic_write
 from moa_train.data.sources.toyworld import NOUNS
 from moa_train.evaluation.gallery import Gallery
-from moa_train.inference.pictures import FONT, ROUTING_COLUMNS, contact_sheet, routing_row, save_png
+from moa_train.inference.pictures import ROUTING_COLUMNS, contact_sheet, routing_row, save_png, text_tile
 
 _TABLE = (
     ("Is it the person of the photo?", "cosine of identity vectors, higher is better", (
@@ -117,7 +117,7 @@ def samples_figure(gallery: Gallery, rows_per_noun: int = 3, contexts: int = 6, 
     rows: list[list[Image.Image]] = []
     for index, noun in enumerate(NOUNS):
         alone = [gallery.prior[index, c, 0].image for c in range(len(places))]
-        rows.append([_tile(f"prior:\n'a {noun}'", side), *alone])
+        rows.append([text_tile(f"prior:\n'a {noun}'", side), *alone])
         own = [p for p, person in enumerate(gallery.people) if person.identity.noun == noun][:rows_per_noun]
         rows += [
             [Image.fromarray(gallery.people[p].photo), *(gallery.moa[p, c, 0].image for c in range(len(places)))]
@@ -156,10 +156,3 @@ def _value(numbers: Mapping[str, Any], name: str) -> float:
     for key in name.split("."):
         value = value[key]
     return float(value)
-
-
-def _tile(text: str, side: int) -> Image.Image:
-    tile = Image.new("RGB", (side, side), "white")
-    middle = (side // 2, side // 2)
-    ImageDraw.Draw(tile).multiline_text(middle, text, fill="black", font=FONT, anchor="mm", align="center")
-    return tile

@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from matplotlib import colormaps
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.subjects import Subject, Views, photo_and_mask
 
 FONT = ImageFont.load_default(12)
 """Of all lettering in figures."""
 
 _GAP, _CAPTION = 4, 18
+_MILLISECONDS = 150
+"""That a frame of a GIF is shown."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,50 @@ def contact_sheet(
             place = (_GAP + column * (side + _GAP), _GAP + top + row * (height + _GAP))
             sheet.paste(image.convert("RGB").resize((side, height), method), place)
     return sheet
+
+
+def text_tile(text: str, side: int) -> Image.Image:
+    """Words in the middle of a white square: the cell of a contact sheet that has no picture."""
+    tile = Image.new("RGB", (side, side), "white")
+    middle = (side // 2, side // 2)
+    ImageDraw.Draw(tile).multiline_text(middle, text, fill="black", font=FONT, anchor="mm", align="center")
+    return tile
+
+
+def subjects_tile(subjects: Sequence[Subject], side: int) -> Image.Image:
+    """The photos of some subjects side by side in a square cell, each whole, what is not the subject faded to white."""
+    shown = [tile for subject in subjects for tile in _shown(subject, side)]
+    width = side // len(shown)
+    cell = Image.new("RGB", (side, side), "white")
+    for place, image in enumerate(shown):
+        cell.paste(ImageOps.pad(image, (width, side), Image.Resampling.BICUBIC, color="white"), (place * width, 0))
+    return cell
+
+
+def _shown(subject: Subject, side: int) -> list[Image.Image]:
+    """A picture of the subject, or several of one; a feature has none."""
+    if isinstance(subject, Views):
+        return [tile for view in subject.pictures for tile in _shown(view, side)]
+    if isinstance(subject, Tensor):
+        if subject.ndim == 1:
+            return [text_tile("image feature", side)]
+        return [Image.fromarray((rearrange(subject, "c h w -> h w c") * 255.0).round().byte().cpu().numpy())]
+    image, selected = photo_and_mask(subject)
+    return [Image.fromarray(np.where(selected[..., None], image, 255 - (255 - image) // 3))]
+
+
+def save_gif(path: Path, frames: Sequence[Image.Image], facts: Mapping[str, Any], side: int = 256) -> None:
+    """Write frames that play forwards and back without end, the facts as the comment (JSON).
+
+    Frames are enlarged, unsmoothed, to at least `side` pixels. Equal inputs give equal bytes.
+    """
+    scale = max(1, -(-side // frames[0].width))
+    shown = [frame.convert("RGB").resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST)
+             for frame in [*frames, *frames[-2:0:-1]]]  # fmt: skip
+    comment = json.dumps(dict(facts), sort_keys=True).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = shown
+    first.save(path, "GIF", save_all=True, append_images=others, duration=_MILLISECONDS, loop=0, comment=comment)
 
 
 def routing_row(picture: Picture) -> list[Image.Image]:

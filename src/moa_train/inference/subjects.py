@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -85,13 +85,25 @@ def subject_pixels(
                 "give the photo and its mask, or resize it"
             )
         return subject.float()
+    image, selected = photo_and_mask(subject)
+    return torch.from_numpy(np.array(cut_out(image, selected, size, np.random.default_rng(0), background)))
+
+
+def photo_and_mask(
+    subject: Picture | tuple[Picture, Any],
+) -> tuple[UInt8[np.ndarray, "rows columns 3"], Bool[np.ndarray, "rows columns"]]:
+    """A subject's photo, and which of its pixels are the subject.
+
+    Raises:
+        ValueError: an unreadable picture, a mask of another size or without a subject.
+    """
     photo, mask = subject if isinstance(subject, tuple) else (subject, None)
     picture = read_picture(photo)
     image = np.asarray(picture.convert("RGB"))
     selected = _given_mask(mask, image.shape[:2]) if mask is not None else _found_mask(picture, image)
     if not selected.any():
         raise ValueError(f"the mask of subject {_name(photo)} is empty: mark the subject in it, or leave the mask out")
-    return torch.from_numpy(np.array(cut_out(image, selected, size, np.random.default_rng(0), background)))
+    return image, selected
 
 
 def read_picture(picture: Picture, name: str = "subject") -> Image.Image:

@@ -1,7 +1,7 @@
 """`moa-data`: makes, draws and checks shards. One module a command."""
 
 from moa_train.cli.command import command_group
-from moa_train.cli.data import fastcomposer, index, latents, pack, photos, show, stats, toy, validate
+from moa_train.cli.data import fastcomposer, index, latents, pack, photos, show, stats, subjects, toy, validate
 
 HELP = """\
 Make and check the data that moa-train reads: shards of pictures, masks and captions.
@@ -12,6 +12,7 @@ Make and check the data that moa-train reads: shards of pictures, masks and capt
   moa-data pack source=M:F out=OUT   what your own Python function gives
   moa-data latents DIR out=OUT ...   encode the pictures once, for faster training
   moa-data show DIR out=sheet.png    look at what is in the shards of a split
+  moa-data subjects DIR out=people   photos of the subjects in them, for moa-generate
   moa-data validate DIR              find everything that is wrong with them; repair=OUT writes a clean copy
   moa-data index DIR                 make the index of shards that other tools wrote
   moa-data stats DIR                 count captions, nouns, subject sizes, subjects per picture
@@ -32,6 +33,7 @@ main = command_group(
         "pack": pack.main,
         "latents": latents.main,
         "show": show.main,
+        "subjects": subjects.main,
         "validate": validate.main,
         "index": index.main,
         "stats": stats.main,
