@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from moa_train.training.callbacks.ranks import RankWatch
 from moa_train.training.metrics_csv import read_rows
-from moa_train.training.strategies import ddp
+from moa_train.training.strategies import ddp, refuse_sharding
 from processes import SignalAt, ranks
 from tiny import load
 
@@ -39,7 +40,7 @@ class RecordedNoise:
 
 @pytest.mark.slow
 def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world, tmp_path):
-    """Five launches of one run of two ranks, each ended in another way, are the run of one process that never ended."""
+    """Six launches of one run of two ranks, each ended in another way, are the run of one process that never ended."""
     steps = ("max_steps=5", "optim.lr=1e-4")
     straight = world.train(tmp_path / "straight", *steps)
     run = tmp_path / "run"
@@ -63,6 +64,12 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world
     assert "Traceback" not in launch.said()
     assert load(run)["global_step"] == 3
 
+    patient = [*arguments, "callbacks.ranks.timeout=5.0"]
+    with ranks(tmp_path / "output", patient, 2, SignalAt(4, signal.SIGSTOP, (1,))) as launch:
+        launch.processes[0].join(120)  # the connection to a rank that stands still is open: the watch alone can tell
+        assert [each.exitcode for each in launch.processes] == [1, None], launch.said()
+    assert "rank 1 (silent for" in launch.said()
+
     with ranks(tmp_path / "output", arguments, 2, RecordedNoise(tmp_path)) as launch:
         assert launch.codes() == [0, 0], launch.said()
     noise = [(tmp_path / f"noise.{rank}.txt").read_text().split() for rank in range(2)]
@@ -81,3 +88,11 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world
 def test_a_timeout_that_is_none_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(timeout=0.0)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_model_are_refused_with_the_one_to_use(kind):
+    with pytest.raises(ValueError, match=f"trainer.strategy={kind.__name__} splits the model.*use trainer=ddp"):
+        refuse_sharding(kind())
+    refuse_sharding(DDPStrategy())
+    refuse_sharding(SingleDeviceStrategy("cpu"))

@@ -149,6 +149,7 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     """The trainer with its callbacks and loggers."""
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
+    from moa_train.training.strategies import refuse_sharding
     from moa_train.training.writer import CheckpointWriter
 
     callbacks = [_build(callback) for callback in cfg.callbacks.values() if callback is not None]
@@ -163,7 +164,9 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     plugins: list[Any] = [CheckpointWriter()]
     if SLURMEnvironment.detect():  # Lightning's own requeueing would resume from a file of its own
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    return _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
+    trainer: pl.Trainer = _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
+    refuse_sharding(trainer.strategy)
+    return trainer
 
 
 def _pipeline(prior: Prior) -> Any:
