@@ -246,7 +246,6 @@ def test_subjects_without_moa_are_refused(prior, photo):
         "fuse_qkv_projections",
         "load_ip_adapter",
         "unload_ip_adapter",
-        "save_pretrained",
     ],
 )
 def test_what_would_replace_moa_s_attention_is_refused_and_leaves_it_alone(pipe, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ import open_clip
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -48,8 +50,12 @@ class ImageEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, trainable_layers: int = 0) -> None:
+    def __init__(
+        self, visual: nn.Module, trainable_layers: int = 0, architecture: Mapping[str, Any] | None = None
+    ) -> None:
+        """Freeze `visual`; `architecture`, open_clip's configuration of the model that it comes from, allows `save`."""
         super().__init__()
+        self.architecture = architecture
         self.visual = visual.requires_grad_(False).eval()
         tower: Any = visual
         self.dim: int = tower.output_dim
@@ -62,6 +68,7 @@ class ImageEncoder(nn.Module):
         self.trainable_layers = trainable_layers
         if trainable_layers:
             self._unfreeze(trainable_layers)
+        self.trained = [name for name, value in self.named_parameters() if value.requires_grad]
 
     def _unfreeze(self, count: int) -> None:
         transformer = getattr(self.visual, "transformer", None)
@@ -95,8 +102,8 @@ class ImageEncoder(nn.Module):
             return torch.where(present[..., None], features, 0)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """The unfrozen weights by name; empty where `trainable_layers` is 0."""
-        return {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
+        """The weights of the last `trainable_layers` blocks by name, frozen again for generation or not."""
+        return {name: self.get_parameter(name).detach() for name in self.trained}
 
     def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Fill the unfrozen weights from `state`.
@@ -114,6 +121,28 @@ class ImageEncoder(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
+    def save(self, folder: Path) -> None:
+        """Write a folder that `build_image_encoder` reads, and open_clip as `local-dir:`; its text tower is a dummy.
+
+        Raises:
+            ValueError: an encoder whose architecture is not known.
+        """
+        if self.architecture is None:
+            raise ValueError("this image encoder cannot be saved: make it with build_image_encoder(name)")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+        values = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        config = {"model_cfg": {**self.architecture, "text_cfg": text}, "preprocess_cfg": values}
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        vision = {"image_size": 1, "patch_size": 1, "layers": 1, "width": 8, "head_width": 8}
+        kind = open_clip.CustomTextCLIP if self.architecture.get("custom_text") else open_clip.CLIP
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            dummy = kind(self.architecture["embed_dim"], vision, text).to(self.dtype).state_dict()
+        state = {name: value for name, value in dummy.items() if not name.startswith("visual.")}
+        state |= {f"visual.{name}": value.contiguous() for name, value in self.visual.state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+
 
 def build_image_encoder(name: str, pretrained: str | None = None, trainable_layers: int = 0) -> ImageEncoder:
     """Load an open_clip vision tower.
@@ -126,11 +155,11 @@ def build_image_encoder(name: str, pretrained: str | None = None, trainable_laye
         ValueError: an unknown name, or weights that cannot be loaded.
     """
     folder = Path(str(files("moa_train") / "assets" / "toy_prior" / "image_encoder")) if name == TOY else Path(name)
+    source = f"local-dir:{folder}" if folder.is_dir() else name
     try:
-        model = open_clip.create_model(
-            f"local-dir:{folder}" if folder.is_dir() else name, pretrained=pretrained, weights_only=True
-        )
+        model = open_clip.create_model(source, pretrained=pretrained, weights_only=True)
+        architecture = open_clip.get_model_config(source)
     except (RuntimeError, OSError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"image encoder {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
-    return ImageEncoder(model.visual, trainable_layers)
+    return ImageEncoder(model.visual, trainable_layers, architecture)

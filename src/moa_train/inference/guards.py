@@ -36,10 +36,6 @@ class KeepsAttention(_Pipeline):
         """Refused: it would put plain attention in the place of MoA's."""
         refuse("unload_ip_adapter", "remove_moa(pipe.unet) takes MoA off")
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: diffusers would write MoA's weights into the U-Net's file and drop them when it reads it."""
-        refuse("save_pretrained", "moa-export writes the personalized weights; remove_moa(pipe.unet) frees the prior")
-
 
 def refuse(what: str, instead: str) -> NoReturn:
     """Raise the ValueError that says what would be lost, and what to do."""

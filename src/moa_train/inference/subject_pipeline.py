@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa_train.inference.controls import Controls
+from moa_train.inference.folder import read_own_parts, save_pipeline
 from moa_train.inference.guards import KeepsAttention, refuse_options
 from moa_train.inference.routing import Routing, RoutingRecorder
 from moa_train.inference.steps import AfterStep, slot_owners
@@ -32,10 +34,12 @@ class SubjectPipeline(KeepsAttention):
     Attributes:
         routing: the routing maps of the last call; None if its prompt had no subject or they were not recorded.
         subject_background: what replaces the background of a subject's photo, "noise" or "grey", as in training.
+        provenance: metadata of the personalized weights; empty if they came from no file.
     """
 
     routing: Routing | None = None
     subject_background: str = "noise"
+    provenance: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(
@@ -49,7 +53,8 @@ class SubjectPipeline(KeepsAttention):
         """Load a prior and put personalized weights on it; the scheduler is UniPC, made from the prior's own.
 
         Args:
-            prior: "toy", a folder in the Stable Diffusion format, or a hub id.
+            prior: "toy", a folder in the Stable Diffusion format, or a hub id; or a folder of `save_pretrained`, whose
+                weights, image encoder and scheduler are then taken, too, where no weights are given.
             weights: `personalized.safetensors`, as `moa-export` writes it; "toy": the file that ships with this
                 package, trained on the toy prior; None: the prior alone.
             torch_dtype: of all weights.
@@ -59,8 +64,10 @@ class SubjectPipeline(KeepsAttention):
         Raises:
             ValueError: weights of another architecture, a damaged file, an unknown prior.
         """
-        options = {} if image_encoder is None else {"image_encoder": image_encoder}
-        loaded, config = load_personalized_prior(prior, weights, **options)
+        own = read_own_parts(Path(prior)) if weights is None else {}
+        encoder = image_encoder or own.get("image_encoder")
+        options = {} if encoder is None else {"image_encoder": encoder}
+        loaded, provenance = load_personalized_prior(prior, own.get("weights", weights), **options)
         # Both values are what the parent would set, with a deprecation warning each.
         settings = {**loaded.scheduler.config, "steps_offset": 1, "clip_sample": False}
         pipe = cls(
@@ -68,15 +75,31 @@ class SubjectPipeline(KeepsAttention):
             text_encoder=loaded.text_encoder,
             tokenizer=loaded.tokenizer,
             unet=loaded.unet,
-            scheduler=UniPCMultistepScheduler.from_config(settings),
+            scheduler=own.get("scheduler") or UniPCMultistepScheduler.from_config(settings),
             image_encoder=loaded.image_encoder,
             **parts,
         )
-        pipe.subject_background = config.get("data", {}).get("background", pipe.subject_background)
+        pipe.provenance = provenance
+        background = provenance.get("config", {}).get("data", {}).get("background", pipe.subject_background)
+        pipe.subject_background = background
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 nn.Module.to(part.eval().requires_grad_(False), dtype=torch_dtype)
         return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write a folder that `from_pretrained` reads, bit for bit, and in which diffusers finds the plain prior.
+
+        Args:
+            save_directory: gets unet/, vae/ ... as diffusers writes them, image_encoder/ and personalized.safetensors;
+                what is no part of Stable Diffusion, such as a ControlNet, is not written.
+
+        Raises:
+            ValueError: a LoRA on the prior, offloaded weights, any of diffusers' options.
+        """
+        if options:
+            raise ValueError(f"save_pretrained takes a folder alone, not {', '.join(options)}; moa-export has hub=")
+        save_pipeline(self, Path(save_directory))
 
     @torch.no_grad()
     def __call__(

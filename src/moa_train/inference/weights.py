@@ -28,7 +28,7 @@ def weights_path(weights: str | Path) -> Path:
 def load_personalized_prior(
     prior: str | Path, weights: str | Path | None, **options: Any
 ) -> tuple[Prior, dict[str, Any]]:
-    """A prior with MoA on it, and the configuration that the weights were trained with (empty without weights).
+    """A prior with MoA on it, and the metadata of the weights (empty without weights).
 
     Args:
         prior: "toy", a folder in the Stable Diffusion format, or a hub id.
@@ -51,7 +51,7 @@ def load_personalized_prior(
     except ValueError as error:
         own = metadata["prior"].get("name")
         raise ValueError(f"{path} was trained on the prior {own} and does not fit {prior}: {error}") from error
-    return parts, metadata.get("config", {})
+    return parts, metadata
 
 
 def _trained_image_encoder(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from moa_train.conditioning.encoders import ImageEncoder, build_image_encoder
 
 TOY = "toy"
 SD15_RANDOM = "sd15_random"
+IMAGE_ENCODER = "image_encoder"
+"""The folder of a prior's own image encoder, beside unet/, vae/ ..., in open_clip's format."""
+
 _SD15_IMAGE_ENCODER = ("ViT-L-14-quickgelu", "openai")
 _FINGERPRINT_VALUES = 256
 
@@ -67,7 +70,7 @@ def load_prior(source: str, image_encoder: ImageEncoder | None = None) -> Prior:
     for network in (unet, vae, text_encoder):
         network.requires_grad_(False).eval()
     encoder = image_encoder or _own_image_encoder(source)
-    return Prior(unet, vae, text_encoder, tokenizer, scheduler, encoder, _identity(source, unet))
+    return Prior(unet, vae, text_encoder, tokenizer, scheduler, encoder, prior_identity(source, unet))
 
 
 def _load_parts(
@@ -115,12 +118,13 @@ def _own_image_encoder(source: str) -> ImageEncoder:
     if source == SD15_RANDOM:
         return build_image_encoder(_SD15_IMAGE_ENCODER[0])
     folder = toy_prior_folder() if source == TOY else Path(source)
-    if (folder / "image_encoder" / "open_clip_config.json").is_file():
-        return build_image_encoder(str(folder / "image_encoder"))
+    if (folder / IMAGE_ENCODER / "open_clip_config.json").is_file():
+        return build_image_encoder(str(folder / IMAGE_ENCODER))
     return build_image_encoder(*_SD15_IMAGE_ENCODER)
 
 
-def _identity(source: str, unet: UNet2DConditionModel) -> dict[str, str]:
+def prior_identity(source: str, unet: UNet2DConditionModel) -> dict[str, str]:
+    """See `Prior.identity`; `source` is its name."""
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     return {
         "name": source,
