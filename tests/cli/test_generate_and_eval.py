@@ -68,6 +68,7 @@ def test_generate_writes_pictures_that_say_how_they_were_made(world, tmp_path):
         assert len(json.loads(picture.text["subjects"])[0]) == len(picture.text["weights"]) == 64
         told = {name: value for name, value in picture.text.items() if name != "seed"}
     facts = json.loads((tmp_path / "first" / "facts.json").read_text())
+    assert facts["prior"] == load_prior(str(world / "prior")).identity
     assert told == {name: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for name, v in facts.items()}
 
 

@@ -49,12 +49,13 @@ class Job:
 
     @cached_property
     def pipe(self) -> MoAPipeline:
-        """The prior with the personalized weights, on its device, with the LoRA."""
+        """The prior with the personalized weights, on its device, with the LoRA; its hashes join the facts."""
         settings = self.settings
         device, dtype = device_and_dtype(settings["device"], settings["dtype"])
         pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype)
         if settings["lora"] is not None:
             load_lora(pipe, settings["lora"], settings["lora_scale"])
+        self.facts["prior"] = dict(pipe.prior_identity)
         pipe.set_progress_bar_config(disable=not settings["progress"])
         return pipe.to(device)
 

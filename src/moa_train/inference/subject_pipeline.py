@@ -39,6 +39,7 @@ class SubjectPipeline(KeepsAttention):
 
     routing: Routing | None = None
     subject_background: str = "noise"
+    prior_identity: Mapping[str, str] = MappingProxyType({})
     provenance: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
