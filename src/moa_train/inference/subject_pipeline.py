@@ -35,6 +35,7 @@ class SubjectPipeline(KeepsAttention):
         routing: the routing maps of the last call; None if its prompt had no subject or they were not recorded.
         subject_background: what replaces the background of a subject's photo, "noise" or "grey", as in training.
         provenance: metadata of the personalized weights; empty if they came from no file.
+        prior_identity: name and hashes of the prior (`Prior.identity`); empty unless `from_pretrained` has loaded it.
     """
 
     routing: Routing | None = None
@@ -80,7 +81,7 @@ class SubjectPipeline(KeepsAttention):
             image_encoder=loaded.image_encoder,
             **parts,
         )
-        pipe.provenance = provenance
+        pipe.provenance, pipe.prior_identity = provenance, loaded.identity
         background = provenance.get("config", {}).get("data", {}).get("background", pipe.subject_background)
         pipe.subject_background = background
         for part in pipe.components.values():
