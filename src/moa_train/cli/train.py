@@ -27,7 +27,7 @@ Train MoA: teach a text-to-image model to draw the people (or other subjects) in
 
   moa-train                                         the toy world on this machine's CPU (about 20 minutes on two cores)
   moa-train experiment=ffhq_sd15 data.train=FOLDER data.validation=FOLDER      the paper's set-up, on a GPU
-  moa-train experiment=ffhq_sd15 trainer=ddp ...    on all GPUs of this machine
+  moa-train experiment=ffhq_sd15 trainer=ddp ...    on all GPUs of this machine (several machines: docs/scaling.md)
   moa-train ckpt=last                               goes on with the newest run of this name, in its folder
   moa-train -m optim.lr=1e-4,3e-4 max_steps=200     a sweep: one run a value
 
@@ -40,13 +40,14 @@ Loggers     (logger=):      {logger}
   max_steps=1000              optimizer steps
   name=NAME run_dir=FOLDER    where the run goes: runs/NAME/TIME unless run_dir is given
   ckpt=last | auto | PATH     resume, bit for bit; auto: resume if there is a checkpoint (for jobs that are requeued)
+  callbacks.checkpoint.every_n_steps=500            and .keep=3, .asynchronous=true (training goes on meanwhile)
   init=FILE                   start from exported weights (toy: the file in this package) instead of the prior's copy
   seed=0                      the same seed gives the same run
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
 A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/.
-SIGTERM and Ctrl-C save a checkpoint first. Every setting with its meaning: configs/train.yaml and the groups beside it,
-or `moa-train --cfg job`.
+SIGTERM, SIGUSR1 and Ctrl-C, to any process, save a checkpoint first (docs/survival.md).
+Every setting with its meaning: configs/train.yaml and the groups beside it, or `moa-train --cfg job`.
 """
 
 

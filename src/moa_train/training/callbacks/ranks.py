@@ -80,10 +80,11 @@ class RankWatch(pl.Callback):
             beats += 1
             try:
                 store.set(f"beat/{self._rank}", str(beats))
-                for rank in others:
-                    self._note(rank, store.get(f"beat/{rank}"))
-            except DistError:  # the store went with the first rank
-                self._changed[0] = (b"", 0.0)
+                told = store.multi_get([f"beat/{rank}" for rank in others])
+                for rank, beat in zip(others, told, strict=True):
+                    self._note(rank, beat)
+            except DistError:  # the store went with the first rank, and nothing is known of the others
+                self._changed = {rank: last for rank, last in self._changed.items() if rank == 0}
             if not self._ended.is_set() and (gone := self._silent_for(self.timeout)):
                 self._say(gone)
                 time.sleep(5 * BEAT)  # enough for a main thread that got an error of its own
