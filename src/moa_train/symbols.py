@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 PRIOR, PERSONALIZED = 0, 1
@@ -88,20 +88,20 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Batch:
-    """One padded batch as it leaves the stream.
+    """One padded batch. The stream hands it over in bytes, a quarter of the memory; `unpacked` makes floats of them.
 
-    pixels: pictures in [-1, 1]; None where latents are given. foreground: M, the union of the subjects' masks.
+    pixels: pictures in [-1, 1], or bytes; None where latents are given. foreground: M, the subjects' masks united.
     subject_masks: M_s in [0, 1] at picture resolution; area averages at latent resolution where latents are given.
-    subject_pixels: each subject cut out of its background and resized to the image encoder's input, in [0, 1].
+    subject_pixels: each subject cut out of its background and resized for the image encoder, in [0, 1], or bytes.
     token_ids, subject_positions: the tokenised prompt (marker-free) and where its subjects sit.
     key: 63-bit integer derived from (seed, epoch, sample): noise, timestep and VAE sampling are drawn from it.
     sample: index of the sample in its data set. caption: the prompt as text with `<1>` markers; empty if unconditional.
     latents: posterior mean and standard deviation of the stored view, in place of pixels.
     """
 
-    pixels: Float[Tensor, "b 3 h_pixels w_pixels"] | None
-    subject_masks: Float[Tensor, "b s h w"]
-    subject_pixels: Float[Tensor, "b s 3 r r"]
+    pixels: Float[Tensor, "b 3 h_pixels w_pixels"] | UInt8[Tensor, "b 3 h_pixels w_pixels"] | None
+    subject_masks: Float[Tensor, "b s h w"] | Bool[Tensor, "b s h w"]
+    subject_pixels: Float[Tensor, "b s 3 r r"] | UInt8[Tensor, "b s 3 r r"]
     subject_present: Bool[Tensor, "b s"]
     token_ids: Int[Tensor, "b k"]
     subject_positions: Int[Tensor, "b s"]
@@ -114,6 +114,15 @@ class Batch:
     def foreground(self) -> Float[Tensor, "b 1 h w"]:
         """M: the union of the subjects' masks."""
         return self.subject_masks.sum(dim=1, keepdim=True).clamp(max=1)
+
+    def unpacked(self) -> Batch:
+        """The batch with floats in place of bytes, once it is where it is used; floats stay as they are."""
+        pixels, subjects = self.pixels, self.subject_pixels
+        if pixels is not None and pixels.dtype == torch.uint8:
+            pixels = pixels.float().div_(127.5).sub_(1.0)
+        if subjects.dtype == torch.uint8:
+            subjects = subjects.float().div_(255.0)
+        return replace(self, pixels=pixels, subject_pixels=subjects, subject_masks=self.subject_masks.float())
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`."""

@@ -2,8 +2,18 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from moa_train.data.cutout import cut_out
+from moa_train.data import cutout
+from moa_train.data.cutout import reduced
+from moa_train.data.schema import bounding_box
+
+
+def cut_out(*args, **options):
+    """Channels first, in [0, 1]."""
+    return cutout.cut_out(*args, **options).transpose(2, 0, 1) / np.float32(255)
 
 
 def _scene(background_seed):
@@ -53,13 +63,68 @@ def test_noise_is_uniform_and_the_generators():
     assert abs(pictures[0].std() - 12**-0.5) < 0.01
 
 
-def test_values_are_float32_in_the_unit_interval():
+def test_a_cut_out_is_a_square_of_bytes():
     for seed, augmentation in ((0, "light"), *((seed, "fastcomposer") for seed in range(20))):
-        picture = cut_out(*_scene(0), 33, np.random.default_rng(seed), augment=True, augmentation=augmentation)
-        assert picture.dtype == np.float32
-        assert picture.shape == (3, 33, 33)
-        assert picture.min() >= 0
-        assert picture.max() <= 1
+        picture = cutout.cut_out(*_scene(0), 33, np.random.default_rng(seed), augment=True, augmentation=augmentation)
+        assert picture.dtype == np.uint8
+        assert picture.shape == (33, 33, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.data(),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(4, 80),
+    st.sampled_from([None, *cutout.AUGMENTATIONS]),
+)
+def test_subjects_of_any_shape_and_size_are_free_of_their_background(data, height, width, size, augmentation):
+    """Any mask, reduced or enlarged, from an array or from Pillow's picture: other backgrounds, the same bytes."""
+    share, seed = data.draw(st.floats(0.02, 1.0)), data.draw(st.integers(0, 2**32 - 1))
+    numbers = np.random.default_rng(seed)
+    mask = numbers.random((height, width)) < share
+    mask[numbers.integers(height), numbers.integers(width)] = True
+    image = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    changed = np.where(mask[..., None], image, numbers.integers(0, 256, image.shape, dtype=np.uint8))
+    look = (data.draw(st.sampled_from(cutout.BACKGROUNDS)), augmentation is not None, augmentation or "light")
+    made = [
+        cutout.cut_out(picture, mask, size, np.random.default_rng(seed), *look)
+        for picture in (image, changed, Image.fromarray(image))
+    ]
+    np.testing.assert_array_equal(made[0], made[1])
+    np.testing.assert_array_equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_a_reduced_subject_is_weighed_by_its_mask(factor):
+    """Independent: means over blocks, of subject pixels alone, before grey."""
+    numbers = np.random.default_rng(0)
+    image = numbers.integers(0, 256, (24 * factor, 24 * factor, 3), dtype=np.uint8)
+    mask = numbers.random((24, 24)).repeat(factor, 0).repeat(factor, 1) + numbers.random(image.shape[:2]) < 0.9
+    mask[0, 0] = mask[-1, -1] = True
+    blocks = (image * mask[..., None]).reshape(24, factor, 24, factor, 3).mean((1, 3))
+    weight = mask.reshape(24, factor, 24, factor).mean((1, 3))[..., None]
+    picture = cutout.cut_out(image, mask, 24, np.random.default_rng(0), "grey").astype(float)
+    np.testing.assert_allclose(picture, blocks + (1 - weight) * cutout.GREY, atol=2.0)
+
+
+def test_what_is_stored_of_a_subject_gives_its_cut_out():
+    image, mask = _scene(3)
+    for size in (9, 20, 64):
+        subject, weight = reduced(image, mask, bounding_box(mask), size)
+        for augment in (False, True):
+            one = cutout.cut_out(image, mask, size, np.random.default_rng(5), augment=augment)
+            other = cutout.cut_out(subject, weight, size, np.random.default_rng(5), augment=augment)
+            np.testing.assert_array_equal(one, other)
+
+
+def test_noise_behind_a_reduced_subject_is_that_of_the_result():
+    """White noise at the encoder's size, however large the photo is: neighbours are independent."""
+    mask = np.zeros((900, 900), dtype=bool)
+    mask[:4, :4] = mask[-4:, -4:] = True
+    picture = cut_out(np.zeros((900, 900, 3), np.uint8), mask, 100, np.random.default_rng(0))[:, 2:-2, 2:-2]
+    assert abs(picture.std() - 12**-0.5) < 0.01
+    assert abs(np.corrcoef(picture[:, :, 1:].ravel(), picture[:, :, :-1].ravel())[0, 1]) < 0.03
 
 
 def test_augmentation_moves_the_subject_but_keeps_it_in_the_picture():

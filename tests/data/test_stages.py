@@ -150,7 +150,7 @@ def _pipeline(tokenizer, **changes):
 def test_a_row_holds_what_the_sample_shows(tokenizer, make_sample):
     sample = make_sample(4)
     row = _pipeline(tokenizer, flip_probability=0.0)(sample, key=77, number=4)
-    np.testing.assert_allclose(row["pixels"], sample.image.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(row["pixels"], sample.image.transpose(2, 0, 1))
     for slot, label in ((0, 1), (1, 2)):
         np.testing.assert_array_equal(row["subject_masks"][slot], sample.labels == label)
     assert row["caption"] == "a man <1> and a woman <2> at sea"
@@ -165,7 +165,7 @@ def test_flipped_rows_keep_each_mask_with_its_subject(tokenizer, make_sample):
     sample = make_sample(4)
     row = _pipeline(tokenizer, flip_probability=1.0)(sample, key=77, number=4)
     np.testing.assert_array_equal(row["subject_masks"][0], (sample.labels == 1)[:, ::-1])
-    np.testing.assert_allclose(row["pixels"], sample.image[:, ::-1].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(row["pixels"], sample.image[:, ::-1].transpose(2, 0, 1))
 
 
 def test_subject_pictures_have_the_resolution_of_the_stored_picture(tokenizer):
@@ -176,8 +176,8 @@ def test_subject_pictures_have_the_resolution_of_the_stored_picture(tokenizer):
     labels[16:48, 16:48] = 1
     sample = Sample("k", image, labels, "man", (Segment(1, "man", 0, 3, (16, 16, 48, 48), 1024),))
     row = _pipeline(tokenizer, subject_size=32, flip_probability=0.0)(sample, 1, 0)
-    assert row["pixels"].std() < 0.2
-    assert row["subject_pixels"][0].std() > 0.49
+    assert row["pixels"].float().std() < 0.2 * 127.5
+    assert row["subject_pixels"][0].float().std() > 0.49 * 255
 
 
 def test_unconditional_rows_have_no_caption_and_no_subject_at_the_given_rate(tokenizer, make_sample):
@@ -254,3 +254,17 @@ def test_collated_rows_are_a_batch(tokenizer, make_sample):
 def test_values_outside_their_domain_are_refused(tokenizer, changes, told):
     with pytest.raises(ValueError, match=told):
         _pipeline(tokenizer, **changes)
+
+
+def test_bytes_of_a_batch_become_floats(tokenizer, make_sample):
+    samples = [make_sample(i) for i in range(3)]
+    batch = collate([_pipeline(tokenizer, flip_probability=0.0)(sample, i, i) for i, sample in enumerate(samples)])
+    floats = batch.unpacked()
+    pictures = np.stack([sample.image.transpose(2, 0, 1) for sample in samples])
+    np.testing.assert_allclose(floats.pixels, pictures / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(floats.subject_pixels, batch.subject_pixels.numpy() / 255, atol=1e-6)
+    assert floats.subject_masks.dtype == torch.float32
+    assert torch.equal(floats.subject_masks.bool(), batch.subject_masks)
+    again = floats.unpacked()
+    assert torch.equal(again.pixels, floats.pixels)
+    assert torch.equal(again.subject_pixels, floats.subject_pixels)

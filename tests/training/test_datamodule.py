@@ -36,6 +36,7 @@ class Recorder(pl.LightningModule):
         self.colours: list[float] = []
 
     def training_step(self, batch, batch_idx):
+        assert batch.pixels.is_floating_point()  # the loader gave bytes
         self.seen.append(batch.sample.tolist())
         self.colours.append(float(batch.subject_pixels.double().sum()))
         return self.weight * 1.0

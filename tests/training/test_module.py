@@ -48,7 +48,7 @@ def fit(module, datamodule, steps, accumulate=1):
 
 
 def first_batch(datamodule):
-    return next(iter(datamodule.val_dataloader()))
+    return next(iter(datamodule.val_dataloader())).unpacked()
 
 
 def losses_of(module, batch, settings):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from moa_train.data.schema import bounding_box
+from moa_train.data.schema import Picture, bounding_box
 
 BACKGROUNDS = ("noise", "grey")
 AUGMENTATIONS = ("light", "fastcomposer")
@@ -18,19 +18,18 @@ _MARGIN = 1.4
 
 
 def cut_out(
-    image: UInt8[np.ndarray, "h w 3"],
-    mask: Bool[np.ndarray, "h w"],
+    image: Picture,
+    mask: Bool[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"],
     size: int,
     rng: np.random.Generator,
     background: str = "noise",
     augment: bool = False,
     augmentation: str = "light",
-) -> Float32[np.ndarray, "3 {size} {size}"]:
-    """The subject, cropped to the mask's box, padded to a square and resized; values in [0, 1].
-
-    Everything outside the mask is replaced before any filter is applied, so no background pixel has an influence.
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The subject, cropped to the mask's box, padded to a square and resized.
 
     Args:
+        mask: where the subject is; in bytes: image and mask are what `reduced` made of a subject.
         size: side of the result in pixels.
         rng: noise and augmentation.
         background: "noise" (uniform, as FastComposer) or "grey".
@@ -45,30 +44,77 @@ def cut_out(
         raise ValueError(f"augmentation is {augmentation!r}; expected one of {', '.join(AUGMENTATIONS)}")
     if background not in BACKGROUNDS:
         raise ValueError(f"background is {background!r}; expected one of {', '.join(BACKGROUNDS)}")
-    if not mask.any():
+    if mask.dtype == bool and not mask.any():
         raise ValueError("the mask is empty: there is no subject to cut out")
     heavy = augment and augmentation == "fastcomposer"
-    x1, y1, x2, y2 = bounding_box(mask)
+    x1, y1, x2, y2 = bounding_box(mask) if mask.dtype == bool else (0, 0, mask.shape[1], mask.shape[0])
     if heavy:
         y2 = _upper_square(x2 - x1, y1, y2, rng)
-    height, width = y2 - y1, x2 - x1
-    side = float(max(height, width))
-    canvas_side = round(_MARGIN * side) if augment else max(height, width)
-    picture = Image.fromarray(_canvas(canvas_side, rng, background))
-    subject, stencil = Image.fromarray(image[y1:y2, x1:x2]), Image.fromarray(mask[y1:y2, x1:x2].view(np.uint8) * 255)
-    picture.paste(subject, ((canvas_side - width) // 2, (canvas_side - height) // 2), stencil)
-    if heavy:
+    subject, weight = reduced(image, mask, (x1, y1, x2, y2), size)
+    side = max(weight.shape)
+    canvas = _canvas(round(_MARGIN * side) if augment else side, rng, background)
+    _place(subject, weight, canvas)
+    if len(canvas) == size and not augment:
+        return canvas
+    return _augmented(Image.fromarray(canvas), size, float(side), rng, augmentation if augment else "none")
+
+
+def _augmented(
+    picture: Image.Image, size: int, side: float, rng: np.random.Generator, augmentation: str
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The square of `side` in the middle of the canvas, changed as the augmentation says and resized."""
+    if augmentation == "fastcomposer":
         picture = _turned(picture, rng)
-    elif augment:
-        picture, side = _augmented(picture, side, rng)
+    elif augmentation == "light":
+        picture, side = _moved(picture, side, rng)
     border = (picture.width - side) / 2
     box = (border, border, border + side, border + side)
-    resized = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1.0)
-    if heavy:
+    resized = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1.0))
+    if augmentation == "fastcomposer":
         from moa_train.data.augment import recoloured_and_bent  # torchvision is loaded only where it is needed
 
-        return recoloured_and_bent(np.asarray(resized), rng).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
-    return np.asarray(resized, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+        return recoloured_and_bent(resized, rng)
+    return resized
+
+
+def reduced(
+    image: Picture, mask: Bool[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"], box: tuple[int, int, int, int], side: int
+) -> tuple[UInt8[np.ndarray, "h_box w_box 3"], UInt8[np.ndarray, "h_box w_box"]]:
+    """A subject in its box, no longer than `side` pixels: its colours times its weight, and the weight, 0 to 255.
+
+    What lies outside the mask is black before any filter is applied, so no background pixel has an influence.
+    A mask in bytes is a weight, and `image` is weighed by it.
+    """
+    x1, y1, x2, y2 = box
+    mask = mask[y1:y2, x1:x2]
+    if mask.dtype == np.uint8 and max(mask.shape) <= side:
+        return np.asarray(image)[y1:y2, x1:x2], mask
+    subject = image.crop(box) if isinstance(image, Image.Image) else Image.fromarray(image[y1:y2, x1:x2])
+    if mask.dtype == bool:
+        subject.paste(0, mask=Image.fromarray(~mask))
+        mask = mask.view(np.uint8) * np.uint8(255)
+    longest = max(mask.shape)
+    if longest <= side:
+        return np.asarray(subject), mask
+    size = (max(1, round(subject.width * side / longest)), max(1, round(subject.height * side / longest)))
+    # Hamming has no negative lobes: a weighed colour never exceeds its weight
+    pictures = (subject, Image.fromarray(mask))
+    smaller = [np.asarray(each.resize(size, Image.Resampling.HAMMING, reducing_gap=1.0)) for each in pictures]
+    return smaller[0], smaller[1]
+
+
+def _place(
+    subject: UInt8[np.ndarray, "h w 3"], weight: UInt8[np.ndarray, "h w"], canvas: UInt8[np.ndarray, "side side 3"]
+) -> None:
+    """In the middle of the canvas: subject + (1 - weight) canvas."""
+    (height, width), side = weight.shape, len(canvas)
+    top, left = (side - height) // 2, (side - width) // 2
+    window = canvas.reshape(side, 3 * side)[top : top + height, 3 * left : 3 * (left + width)]
+    behind = np.multiply(window, (255 - weight).repeat(3, axis=1), dtype=np.uint16)
+    behind += 128
+    behind += behind >> 8
+    behind >>= 8  # a rounded division by 255
+    window[...] = np.minimum(behind + subject.reshape(height, 3 * width), 255)
 
 
 def _upper_square(width: int, top: int, bottom: int, rng: np.random.Generator) -> int:
@@ -91,7 +137,7 @@ def _canvas(side: int, rng: np.random.Generator, background: str) -> UInt8[np.nd
     return np.frombuffer(bytearray(rng.bytes(side * side * 3)), dtype=np.uint8).reshape(side, side, 3)
 
 
-def _augmented(picture: Image.Image, side: float, rng: np.random.Generator) -> tuple[Image.Image, float]:
+def _moved(picture: Image.Image, side: float, rng: np.random.Generator) -> tuple[Image.Image, float]:
     """The canvas, mirrored and turned about its centre, and the scaled side of the square to keep."""
     mirror, degrees, scale = rng.random() < 0.5, rng.uniform(-_MAX_DEGREES, _MAX_DEGREES), rng.uniform(*_SCALES)
     if mirror:

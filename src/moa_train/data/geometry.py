@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from PIL import Image
 
-from moa_train.data.schema import Sample, bounding_box
+from moa_train.data.schema import Sample, bounding_box, pillow
 
 CROPS = ("centre", "random")
 PADS = ("none", "tall", "all")
@@ -30,16 +30,18 @@ class Window:
         size = sample.labels.shape
         if size == (resolution, resolution) and self == Window(0, 0, resolution):
             return sample
-        image, labels, left, top = sample.image, sample.labels, self.left, self.top
+        image, labels, left, top = pillow(sample.image), sample.labels, self.left, self.top
         margins = [(max(0, -at), max(0, at + self.side - n)) for at, n in zip((top, left), size, strict=True)]
         if any(map(any, margins)):
-            image, labels = np.pad(image, [*margins, (0, 0)]), np.pad(labels, margins)
-            top, left = top + margins[0][0], left + margins[1][0]
+            (above, below), (before, behind) = margins
+            image = image.crop((-before, -above, image.width + behind, image.height + below))  # black beside it
+            labels = np.pad(labels, margins)
+            top, left = top + above, left + before
         box = (left, top, left + self.side, top + self.side)
         square = (resolution, resolution)
-        image = np.asarray(Image.fromarray(image).resize(square, Image.Resampling.BICUBIC, box=box, reducing_gap=1.0))
+        shown = np.asarray(image.resize(square, Image.Resampling.BICUBIC, box=box, reducing_gap=1.0))
         steps = ((np.arange(resolution) + 0.5) * self.side / resolution).astype(np.int64)
-        return replace(sample, image=image, labels=labels[(top + steps)[:, None], left + steps])
+        return replace(sample, image=shown, labels=labels[top + steps].take(left + steps, axis=1))
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Flip:
 
 def mirrored(sample: Sample) -> Sample:
     """Left and right exchanged."""
-    return replace(sample, image=sample.image[:, ::-1], labels=sample.labels[:, ::-1])
+    return replace(sample, image=np.asarray(sample.image)[:, ::-1], labels=sample.labels[:, ::-1])
 
 
 def _zoomed(side: int, factor: float, subjects: Bool[np.ndarray, "h w"] | None) -> int:

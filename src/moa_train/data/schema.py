@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float16, Integer, UInt8
@@ -44,6 +44,10 @@ MAX_PIXELS = 1 << 26
 MAX_ID = 65535
 
 
+Picture: TypeAlias = UInt8[np.ndarray, "h w 3"] | Image.Image
+"""Of a sample: an array, or as Pillow decoded it (RGB). `np.asarray` makes an array of either."""
+
+
 class BadSample(ValueError):
     """A stored sample that cannot be used; the message names shard and key."""
 
@@ -68,7 +72,7 @@ class Sample:
     """One picture with its subjects. `source`: where it comes from, anything that JSON holds."""
 
     key: str
-    image: UInt8[np.ndarray, "h w 3"]
+    image: Picture
     labels: Integer[np.ndarray, "h w"]
     caption: str
     segments: tuple[Segment, ...]
@@ -96,6 +100,11 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def pillow(image: Picture) -> Image.Image:
+    """The picture for Pillow."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
 def encode_sample(sample: Sample, image_format: str = "png", picture: bytes | None = None) -> dict[str, bytes]:
     """The members of a sample by suffix, in the order of a shard.
 
@@ -118,7 +127,7 @@ def encode_sample(sample: Sample, image_format: str = "png", picture: bytes | No
     wide = sample.labels.max(initial=0) > 255
     labels = Image.fromarray(sample.labels.astype(np.uint16 if wide else np.uint8))
     members = {
-        image_format: picture or _saved(Image.fromarray(sample.image), _SAVE_OPTIONS[image_format]),
+        image_format: picture or _saved(pillow(sample.image), _SAVE_OPTIONS[image_format]),
         LABELS_SUFFIX: _saved(labels, _SAVE_OPTIONS["png"]),
         JSON_SUFFIX: json.dumps(told, ensure_ascii=False).encode(),
     }
@@ -151,10 +160,9 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     if LATENT_SUFFIX in members:
         latents = read_member(key, LATENT_SUFFIX, members[LATENT_SUFFIX], _read_latents)
     size = (told["height"], told["width"])
-    if not image.shape[:2] == labels.shape == size:
-        raise BadSample(
-            f"sizes disagree: picture {_size(image.shape)}, label map {_size(labels.shape)}, JSON {_size(size)}"
-        )
+    shape = (image.height, image.width)
+    if not shape == labels.shape == size:
+        raise BadSample(f"sizes disagree: picture {_size(shape)}, label map {_size(labels.shape)}, JSON {_size(size)}")
     return Sample(key, image, labels, told["caption"], segments, told["source"], latents)
 
 
@@ -186,7 +194,7 @@ def _check_segment(segment: Segment, sample: Sample) -> list[str]:
     if not 0 < segment.id <= MAX_ID:
         return [*problems, f"an id must be positive (0 is the background) and at most {MAX_ID}"]
     mask = sample.labels == segment.id
-    area = int(mask.sum())
+    area = int(np.count_nonzero(mask))
     if area == 0:
         return [*problems, "its mask is empty: the id does not occur in the label map"]
     if segment.area != area:
@@ -228,11 +236,12 @@ def _open_picture(content: bytes, formats: tuple[str, ...]) -> Image.Image:
     return picture
 
 
-def _read_image(content: bytes) -> np.ndarray:
+def _read_image(content: bytes) -> Image.Image:
     with _open_picture(content, _PICTURE_FORMATS) as picture:
         if picture.mode not in _PICTURE_MODES or "transparency" in picture.info:
             raise ValueError(f"a picture is RGB or grey with 8 bits a channel and opaque, this one is {picture.mode}")
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _read_labels(content: bytes) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from moa_train.data.schema import Sample
+from moa_train.data.schema import Sample, pillow
 
 COLOURS = ((230, 60, 60), (40, 120, 230), (20, 160, 80), (190, 80, 200), (230, 140, 20), (0, 160, 170))
 _TINT = 0.35
@@ -36,7 +36,7 @@ def tinted(sample: Sample, tile: int) -> UInt8[np.ndarray, "rows columns 3"]:
     height, width = sample.labels.shape
     scale = tile / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    image = np.asarray(Image.fromarray(sample.image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
+    image = np.asarray(pillow(sample.image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     labels = np.asarray(
         Image.fromarray(sample.labels.astype(np.int32), mode=None).resize(size, Image.Resampling.NEAREST)
     )

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from moa_train.data.cutout import AUGMENTATIONS, BACKGROUNDS, cut_out
 from moa_train.data.geometry import CROPS, PADS, Flip, Resize
-from moa_train.data.schema import Sample, Segment, bounding_box
+from moa_train.data.schema import Picture, Sample, Segment, bounding_box
 from moa_train.data.views import EncodedSample
 from moa_train.prompts import mark_prompt, parse_prompt, tokenize
 from moa_train.symbols import Batch
@@ -68,7 +69,7 @@ class ChooseSubjects:
 def measured(segment: Segment, labels: np.ndarray) -> Segment | None:
     """The segment with its box and area in these labels; None where it does not occur."""
     mask = labels == segment.id
-    return replace(segment, bbox=bounding_box(mask), area=int(mask.sum())) if mask.any() else None
+    return replace(segment, bbox=bounding_box(mask), area=int(np.count_nonzero(mask))) if mask.any() else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Pipeline:
         view = Flip(self.flip_probability)(view, stage_rng(key, 1))
         view = self._choose(view, stage_rng(key, 2))
         row = self._prompt(view.caption, view.segments) | self._subjects(stored, view, key)
-        return row | {"pixels": _pixels(view.image), "key": key, "sample": number}
+        return row | {"pixels": _channels_first(np.asarray(view.image)), "key": key, "sample": number}
 
     def _stored_view(self, stored: EncodedSample, key: int, number: int) -> dict[str, Any]:
         """The same from one of the stored views, drawn by the key; its masks are area averages a latent cell."""
@@ -157,7 +158,7 @@ class Pipeline:
         chosen = self._choose.chosen(inside, self.resolution**2, stage_rng(key, 2))
         numbers = [segment.id for segment in stored.segments]
         masks = torch.zeros(self.max_subjects, *counts.shape[1:])
-        pictures = torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size)
+        pictures = self._no_pictures()
         for slot, segment in enumerate(chosen or ()):
             cell = (self.resolution // counts.shape[-1]) ** 2
             masks[slot] = torch.from_numpy(counts[numbers.index(segment.id)].astype(np.float32) / cell)
@@ -178,18 +179,22 @@ class Pipeline:
 
     def _subjects(self, stored: Sample, view: Sample, key: int) -> dict[str, torch.Tensor]:
         """Masks in the view, and pictures cut out of the stored picture at its full resolution."""
-        masks = torch.zeros(self.max_subjects, self.resolution, self.resolution)
-        pictures = torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size)
+        masks = torch.zeros(self.max_subjects, self.resolution, self.resolution, dtype=torch.bool)
+        pictures = self._no_pictures()
         for slot, segment in enumerate(view.segments):
             masks[slot] = torch.from_numpy(view.labels == segment.id)
             pictures[slot] = self._picture(stored.image, stored.labels == segment.id, slot, key)
         return {"subject_masks": masks, "subject_pixels": pictures}
 
-    def _picture(self, image: np.ndarray, mask: np.ndarray, slot: int, key: int) -> torch.Tensor:
+    def _no_pictures(self) -> torch.Tensor:
+        """Empty slots."""
+        return torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size, dtype=torch.uint8)
+
+    def _picture(self, image: Picture, mask: np.ndarray, slot: int, key: int) -> torch.Tensor:
         """A subject cut out as this pipeline's settings say."""
         rng = stage_rng(key, 3 + slot)
         look = (self.background, self.augment_subject, self.augmentation)
-        return torch.from_numpy(cut_out(image, mask, self.subject_size, rng, *look))
+        return _channels_first(cut_out(image, mask, self.subject_size, rng, *look))
 
     @property
     def _choose(self) -> ChooseSubjects:
@@ -203,14 +208,10 @@ def stage_rng(key: int, stage: int) -> np.random.Generator:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> Batch:
-    """Stack rows of one pipeline."""
-    told = {name: [row[name] for row in rows] for name in rows[0]}
-    stacked: dict[str, Any] = {name: torch.stack(v) for name, v in told.items() if isinstance(v[0], torch.Tensor)}
-    numbers = {name: torch.tensor(told[name], dtype=torch.int64) for name in ("key", "sample")}
-    stacked.setdefault("pixels", None)
-    return Batch(**stacked, **numbers, caption=tuple(told["caption"]))
+    """Stack rows of one pipeline; in a worker process straight into the memory that it shares with the run's."""
+    stacked = default_collate(list(rows))
+    return Batch(**{"pixels": None, **stacked, "caption": tuple(stacked["caption"])})
 
 
-def _pixels(image: np.ndarray) -> torch.Tensor:
-    """A picture in [-1, 1], channels first."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(127.5).sub_(1.0)
+def _channels_first(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -4,7 +4,8 @@ A view is a square of the picture, perhaps mirrored. `KEY.latent.npy` holds one 
 
     latents         float16, views x 2 x c x h x w: mean and standard deviation of the VAE's posterior
     masks           per crop and segment (in the order of KEY.json) the segment's pixels in each latent cell
-    subject_N, mask_N    segment N's box of the picture, 8-bit RGB, and its mask; absent where the segment is
+    subject_N, mask_N    segment N's box of the picture, 8-bit RGB, weighed by its mask, and the mask, 0 to 255 (sets of
+                         earlier versions: true or false); absent where the segment is
 
 Views are ordered crop by crop, each plain and then mirrored. Crop 0 is the centre without zoom.
 """
@@ -21,8 +22,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float16, Integer, UInt8
-from PIL import Image
 
+from moa_train.data.cutout import reduced
 from moa_train.data.geometry import Resize, Window, mirrored
 from moa_train.data.packing import TAR_FORMAT, PackingProgress, add_sample, complete_already
 from moa_train.data.schema import (
@@ -107,8 +108,10 @@ class EncodedSample:
         masks = self.record["masks"][crop]
         return masks[..., ::-1] if flip else masks
 
-    def subject(self, segment: Segment) -> tuple[UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]:
-        """Picture and mask of a subject."""
+    def subject(
+        self, segment: Segment
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"] | Bool[np.ndarray, "h w"]]:
+        """Picture and mask of a subject, as `cut_out` takes them."""
         number = [each.id for each in self.segments].index(segment.id)
         return self.record[f"subject_{number}"], self.record[f"mask_{number}"]
 
@@ -125,28 +128,14 @@ def record_of(sample: Sample, settings: ViewSettings, latents: Float16[np.ndarra
             masks[crop, number] = (labels == segment.id).reshape(cells, factor, cells, factor).sum((1, 3))
     parts: dict[str, np.ndarray] = {"latents": latents, "masks": masks}
     for number, segment in enumerate(sample.segments):
-        if (sample.labels == segment.id).any():
-            picture, mask = _subject(sample, segment, settings.subject_side)
-            parts |= {f"subject_{number}": picture, f"mask_{number}": mask}
+        mask = sample.labels == segment.id
+        if mask.any():
+            subject, weight = reduced(sample.image, mask, bounding_box(mask), settings.subject_side)
+            parts |= {f"subject_{number}": subject, f"mask_{number}": weight}
     record = np.zeros((), dtype=[(name, part.dtype, part.shape) for name, part in parts.items()])
     for name, part in parts.items():
         record[name] = part
     return record
-
-
-def _subject(sample: Sample, segment: Segment, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (black outside the mask) and mask in the segment's box; reduced without a trace of what lies outside."""
-    mask = sample.labels == segment.id
-    x1, y1, x2, y2 = bounding_box(mask)
-    mask = mask[y1:y2, x1:x2]
-    both = np.dstack([sample.image[y1:y2, x1:x2] * mask[..., None], mask.astype(np.uint8) * 255])
-    if max(mask.shape) > side:
-        scale = side / max(mask.shape)
-        size = (max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale)))
-        both = np.asarray(Image.fromarray(both, "RGBA").resize(size, Image.Resampling.BICUBIC))  # weighs by the mask
-        if not (both[..., 3] >= 128).any():
-            return sample.image[y1:y2, x1:x2] * mask[..., None], mask
-    return np.ascontiguousarray(both[..., :3] * (both[..., 3:] >= 128)), both[..., 3] >= 128
 
 
 def decode_views(key: str, members: Mapping[str, bytes]) -> EncodedSample:
@@ -223,7 +212,7 @@ def _with_records(
 ) -> list[tuple[str, dict[str, bytes]]]:
     """The samples' members with their records."""
     samples = [reader[number] for number in numbers]
-    encoded = encode(np.stack([view.image for sample in samples for view in settings.views(sample)]))
+    encoded = encode(np.stack([np.asarray(view.image) for sample in samples for view in settings.views(sample)]))
     made = []
     for number, sample, latents in zip(numbers, samples, np.split(encoded, len(samples)), strict=True):
         key, members = reader.read(number)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -86,7 +87,8 @@ def subject_pixels(
             )
         return subject.float()
     image, selected = photo_and_mask(subject)
-    return torch.from_numpy(np.array(cut_out(image, selected, size, np.random.default_rng(0), background)))
+    pixels = torch.from_numpy(np.array(cut_out(image, selected, size, np.random.default_rng(0), background)))
+    return rearrange(pixels, "h w c -> c h w").float() / 255
 
 
 def photo_and_mask(

@@ -28,6 +28,7 @@ from moa_train.data.stream import (
     refuse_changed_state,
 )
 from moa_train.data.views import check_views
+from moa_train.symbols import Batch
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +186,10 @@ class MoADataModule(pl.LightningDataModule):
             check_views(ShardIndex.load(self.validation, self.cache), vae, wanted, False)
 
     # ------------------------------------------------------------------------------------------------------- loaders
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bytes cross to the device, floats are made there."""
+        return batch.unpacked()
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this rank, from the position on that was loaded.
 

@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
             which = f"-{segment.id}" if nouns.count(segment.noun) > 1 else ""
             name = f"{sample.key}-{segment.noun}{which}.png".replace("/", "_").replace(" ", "_")
             alpha = np.where(sample.labels == segment.id, 255, 0).astype(np.uint8)
-            Image.fromarray(np.dstack([sample.image, alpha])).save(out / name)
+            Image.fromarray(np.dstack([np.asarray(sample.image), alpha])).save(out / name)
             print(f"{out / name}   {mark_prompt(sample.caption, [(segment.start, segment.end)])}")
 
 

@@ -42,8 +42,10 @@ def person_cut_out(scenes: SceneSet, index: int, size: int, rng: np.random.Gener
     """The first person of a scene without the background, from the scene or from the portrait with equal chance."""
     labels = scenes.labels[index]
     if rng.random() < 0.5 and (labels == 1).sum() > 64:
-        return cut_out(scenes.images[index], labels == 1, size, rng, augment=augment)
-    return cut_out(scenes.portraits[index], scenes.portrait_masks[index] > 0, size, rng, augment=augment)
+        picture = cut_out(scenes.images[index], labels == 1, size, rng, augment=augment)
+    else:
+        picture = cut_out(scenes.portraits[index], scenes.portrait_masks[index] > 0, size, rng, augment=augment)
+    return picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
 class ContrastiveStage(Stage):

@@ -103,7 +103,7 @@ class SamplePictures(StepCallback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         loader = datamodule.val_dataloader()
         for batch in loader or ():
-            chosen += _with_subject(batch, factor)
+            chosen += _with_subject(batch.unpacked(), factor)
             if len(chosen) >= self.number:
                 break
         return chosen[: self.number]
