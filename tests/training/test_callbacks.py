@@ -4,7 +4,6 @@ import csv
 import random
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import nn
 
 from moa_train.training.callbacks.checkpoint import Checkpoints
 from moa_train.training.callbacks.ema import ExponentialMovingAverage
-from moa_train.training.callbacks.finite import FiniteLoss, NonFiniteLoss
 from moa_train.training.callbacks.progress import duration
 from moa_train.training.callbacks.random_state import random_state, set_random_state
 from moa_train.training.callbacks.sample_log import HEADER, keep_until
@@ -148,16 +146,6 @@ def test_the_random_generators_come_back_from_a_weights_only_file(tmp_path):
     draw()
     set_random_state(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == first
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_samples(value):
-    guard = FiniteLoss()
-    trainer, module = a_trainer(global_step=11), Scalar(1.0)
-    guard.on_train_batch_start(trainer, module, SimpleNamespace(sample=torch.tensor([5, 9])), 0)
-    guard.on_before_backward(trainer, module, torch.tensor(1.0))
-    with pytest.raises(NonFiniteLoss, match=r"step 12 .* samples are 5, 9"):
-        guard.on_before_backward(trainer, module, torch.tensor(value))
 
 
 def test_a_resumed_log_loses_the_steps_after_the_checkpoint_and_torn_lines(tmp_path):

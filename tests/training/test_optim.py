@@ -61,3 +61,15 @@ def test_a_saved_schedule_does_not_bring_back_its_own_length():
     _, long = OptimizerSettings(partial(torch.optim.SGD), 1.0, schedule=Cosine(total_steps=8)).build(parameters)
     long.load_state_dict(short.state_dict())
     assert long.lr_lambdas[0](4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"fused": None}, True), ({"fused": False}, False), ({}, None)],
+    ids=["left open", "decided", "an optimizer that knows no such thing"],
+)
+def test_one_kernel_for_all_parameters_is_chosen_where_the_settings_leave_it_open(settings, expected):
+    trained = {"experts": named(nn.Linear(2, 3))}
+    given = OptimizerSettings(partial(torch.optim.AdamW, **settings), lr=0.1)
+    assert given.build(trained, fused=True)[0].param_groups[0]["fused"] is expected
+    assert given.build(trained, fused=False)[0].param_groups[0]["fused"] is settings.get("fused")

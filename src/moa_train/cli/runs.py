@@ -139,6 +139,7 @@ def logged_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, ours, lightning = (logging.getLogger(name) for name in (None, "moa_train", "pytorch_lightning"))
     levels = ours.level, lightning.level
+    raised, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk is told once, not by every line
     root.addHandler(handler)
     root.addFilter(_not_open_clips_chatter)
     ours.setLevel(logging.INFO)
@@ -151,6 +152,7 @@ def logged_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.removeFilter(_not_open_clips_chatter)
+        logging.raiseExceptions = raised
         ours.setLevel(levels[0])
         lightning.setLevel(levels[1])
         handler.close()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from moa_train.cli.runs import Run
     from moa_train.prior.load import Prior
+    from moa_train.training.datamodule import MoADataModule
     from moa_train.training.module import MoAModule
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ Loggers     (logger=):      {logger}
   name=NAME run_dir=FOLDER    where the run goes: runs/NAME/TIME unless run_dir is given
   ckpt=last | auto | PATH     resume, bit for bit; auto: resume if there is a checkpoint (for jobs that are requeued)
   callbacks.checkpoint.every_n_steps=500            and .keep=3, .asynchronous=true (training goes on meanwhile)
+  replay=FILE                 makes a step again whose loss or gradient was not finite (runs/.../nonfinite/step=N.json)
   init=FILE                   start from exported weights (toy: the file in this package) instead of the prior's copy
-  seed=0                      the same seed gives the same run
+  seed=0                      the same seed gives the same run; deterministic=true: to the bit
+  trainer.on_nonfinite=skip   leaves out steps whose loss or gradient is not finite, on all ranks; stop (default) ends
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
 A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/.
@@ -52,7 +55,12 @@ Every setting with its meaning: configs/train.yaml and the groups beside it, or 
 
 
 def run(cfg: DictConfig) -> None:
-    """Train as the configuration says."""
+    """Train as the configuration says, or make a recorded step again."""
+    if cfg.replay is not None:
+        from moa_train.cli.replay import replay
+
+        replay(cfg)
+        return
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
     from pytorch_lightning.utilities import rank_zero_only
@@ -71,7 +79,7 @@ def run(cfg: DictConfig) -> None:
             OmegaConf.save(cfg, chosen.folder / "config.yaml", resolve=True)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         prior, module = build_module(cfg)
-        datamodule = _build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
+        datamodule = build_data(cfg, prior)
         datamodule.check_latents(module.codec.identity)
         if chosen.checkpoint is not None:
             check_resumable(chosen.checkpoint, module)
@@ -146,6 +154,11 @@ def build_module(cfg: DictConfig) -> tuple[Prior, MoAModule]:
     return prior, module
 
 
+def build_data(cfg: DictConfig, prior: Prior) -> MoADataModule:
+    """The data module, with the prior's tokenizer and for its image encoder."""
+    return _build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
+
+
 def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     """The trainer with its callbacks and loggers."""
     from lightning_fabric.plugins.environments import SLURMEnvironment
@@ -165,7 +178,9 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     plugins: list[Any] = [CheckpointWriter()]
     if SLURMEnvironment.detect():  # Lightning's own requeueing would resume from a file of its own
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    trainer: pl.Trainer = _build(cfg.trainer)(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
+    make = _build(cfg.trainer)
+    make.keywords.pop("on_nonfinite", None)  # callbacks.finite has it; Lightning's trainer knows no such setting
+    trainer: pl.Trainer = make(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
     refuse_sharding(trainer.strategy)
     return trainer
 

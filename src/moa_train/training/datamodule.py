@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moa_train.data.mixture import Mixture
 from moa_train.data.remote import Patience
 from moa_train.data.sequential import expand_shards, resume_shard, sequential_batches
 from moa_train.data.shards import ShardIndex
-from moa_train.data.stages import Pipeline
+from moa_train.data.stages import Pipeline, collate
 from moa_train.data.storage import Cache
 from moa_train.data.stream import (
     STATE_VERSION,
@@ -209,6 +210,20 @@ class MoADataModule(pl.LightningDataModule):
         sets = Mixture([ShardIndex.load(self.validation, self.cache)])
         sampler = ValidationSampler(len(sets), self.batch_size, self._rank, self._world)
         return self._rows_loader(sets, self.pipeline.without_chance(), sampler, BadSampleGuard(self.max_bad_fraction))
+
+    def micro_batches(self, step: int, rank: int, world: int, accumulate: int) -> list[Batch]:
+        """What one of `world` ranks computes on at an optimizer step, counted from 1.
+
+        Raises:
+            ValueError: the stream is sequential, which no sample can be looked up in.
+        """
+        if self.stream != "exact":
+            raise ValueError("data.stream=sequential reads shards as they come: a step's samples cannot be read again")
+        sets = self._train_sets()
+        order = StreamOrder(sets.counts, sets.shares, self.seed, self.window, self.batch_size * world * accumulate)
+        rows = ExactStream(sets, self.pipeline, self.seed, self._notes(), self.window)
+        addresses = islice(GlobalBatchSampler(order, rank, world, accumulate, step - 1), accumulate)
+        return [collate([rows[address] for address in micro]) for micro in addresses]
 
     def _rows_loader(self, sets: Mixture, pipeline: Pipeline, sampler: Any, guard: BadSampleGuard) -> DataLoader[Any]:
         notes = self._notes()

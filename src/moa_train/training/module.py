@@ -172,12 +172,13 @@ class MoAModule(pl.LightningModule):
         return terms, observations
 
     # ----------------------------------------------------------------------------------------------------- training
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         noised = self.noised(batch)
         masks = Masks.of(batch, (noised.noisy.shape[-2], noised.noisy.shape[-1]))
         terms, observations = self.losses(batch, noised, self.conditioning(batch), masks, self.loss)
         progress = self.trainer.global_step / self.max_steps
-        total = self.loss.total(terms, progress)
+        per_sample = self.loss.weighted(terms, progress)
+        total = per_sample.mean()
         shown = {name: mean for name, (mean, _) in watched(observations, batch, masks).items()}
         subjects = batch.subject_present.any(dim=1)
         shown["masked"] = terms.masked.detach().sum() / subjects.sum().clamp_min(1)
@@ -190,7 +191,7 @@ class MoAModule(pl.LightningModule):
         self.log("train/router_weight", self.loss.router.weight_at(progress), batch_size=len(batch.key))
         self.log("step", float(self.trainer.global_step + 1), batch_size=len(batch.key))  # what loggers count by
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch.key))
-        return total
+        return {"loss": total, "per_sample": per_sample.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and the identity gap: masked loss with the next sample's subject minus with the right one."""
@@ -216,10 +217,16 @@ class MoAModule(pl.LightningModule):
         self.log("step", float(self.trainer.global_step), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimizer_settings.build(self._groups)
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # clips, too: not fused
+        optimizer, schedule = self.optimizer_settings.build(self._groups, self.device.type == "cuda" and not scales)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ------------------------------------------------------------------------------------------------- checkpoints
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The configuration of the run in plain values; empty where nobody gave one."""
+        return dict(self.provenance.get("config", {}))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["moa_train"] = {
             "version": CHECKPOINT_VERSION,

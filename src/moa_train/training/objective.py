@@ -79,14 +79,17 @@ class LossSettings:
         if not 0 <= self.mask_probability <= 1:
             raise ValueError(f"loss.mask_probability={self.mask_probability}: expected a probability from 0 to 1")
 
+    def weighted(self, terms: LossTerms, progress: float) -> Float[Tensor, " b"]:
+        """Each sample's objective."""
+        return terms.masked + self.router.weight_at(progress) * terms.router + self.object.weight * terms.object
+
     def total(self, terms: LossTerms, progress: float) -> Float[Tensor, ""]:
-        """The batch's objective: every term averaged over all samples of the batch.
+        """The batch's objective: that of its samples, averaged.
 
         A sample without a subject counts with L_masked = L_object = 0. The divisor is the batch, not the number of
         subjects in it, so that ranks and accumulated micro-batches add up to exactly one large batch.
         """
-        weighted = terms.masked + self.router.weight_at(progress) * terms.router + self.object.weight * terms.object
-        return weighted.mean()
+        return self.weighted(terms, progress).mean()
 
 
 @dataclass(frozen=True)

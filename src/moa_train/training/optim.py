@@ -64,9 +64,14 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     schedule: Callable[[int], float] = Constant()
 
-    def build(self, trained: NamedParameters) -> tuple[Optimizer, LambdaLR]:
-        """The optimizer over all trained parameters and the schedule of its learning rates."""
-        optimizer = self.optimizer(self.groups(trained))
+    def build(self, trained: NamedParameters, fused: bool = False) -> tuple[Optimizer, LambdaLR]:
+        """The optimizer over all trained parameters and the schedule of its learning rates.
+
+        fused: one kernel for all parameters, which can leave out a step by itself; where the settings leave it open.
+        """
+        open_to_it = getattr(self.optimizer, "keywords", {}).get("fused", False) is None
+        more = {"fused": True} if fused and open_to_it else {}
+        optimizer = self.optimizer(self.groups(trained), **more)
         return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step))  # a function's state is not saved
 
     def groups(self, trained: NamedParameters) -> list[dict[str, Any]]:
