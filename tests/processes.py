@@ -31,7 +31,7 @@ class Ranks:
     processes: list[BaseProcess]
     logs: list[Path]
 
-    def codes(self, seconds: float = 120) -> list[int | None]:
+    def codes(self, seconds: float = 300) -> list[int | None]:
         """Exit codes, as a shell has them (-9: killed by SIGKILL); None: still running after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.processes:

@@ -66,7 +66,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world
 
     patient = [*arguments, "callbacks.ranks.timeout=5.0"]
     with ranks(tmp_path / "output", patient, 2, SignalAt(4, signal.SIGSTOP, (1,))) as launch:
-        launch.processes[0].join(120)  # the connection to a rank that stands still is open: the watch alone can tell
+        launch.processes[0].join(300)  # the connection to a rank that stands still is open: the watch alone can tell
         assert [each.exitcode for each in launch.processes] == [1, None], launch.said()
     assert "rank 1 (silent for" in launch.said()
 
