@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["moa-train", "moa-generate", "moa-eval", "moa-export", "moa-data", "moa-pretrain"]
+COMMANDS = ["moa-train", "moa-generate", "moa-eval", "moa-export", "moa-data", "moa-pretrain", "moa-controlnet"]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 
 pytestmark = pytest.mark.slow

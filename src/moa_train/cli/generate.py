@@ -42,6 +42,9 @@ Settings
   prior=toy                 network to personalise: toy (in this package), a Stable Diffusion folder, a hub id
   weights=toy               what moa-export wrote; toy: the file in this package; null: the prior alone
   lora=style.safetensors    a LoRA on the prior: changes the style, not who it is; lora_scale=1.0
+  controlnet=toy control_image=room.png     the edges of a picture lead the drawing, with every task but invert
+                            toy: the ControlNet in this package; or a folder or hub id of the prior's architecture
+  control_kind=map          control_image is a ready map (edges, poses, depth ...); control_scale=1.0: how much
   subjects=[[a.png,b.png]]  an inner list: several photos of one subject
   masks=[man_mask.png]      one mask a photo, white on the subject
   seeds=[0,1,2,3]           one picture a seed; equal seeds and settings give equal files

@@ -16,9 +16,10 @@ from moa_train.checkpoint import atomic_write
 from moa_train.inference.device import device_and_dtype
 from moa_train.inference.lora import load_lora
 from moa_train.inference.pictures import file_hash, save_gif, save_png
-from moa_train.inference.pipeline import MoAPipeline
-from moa_train.inference.subjects import Views
+from moa_train.inference.pipeline import MoAControlNetPipeline, MoAPipeline
+from moa_train.inference.subjects import Views, read_picture
 from moa_train.inference.weights import weights_path
+from moa_train.prior.controlnet import control_map, load_controlnet
 
 _SETTINGS = ("task", "prompt", "negative_prompt", "seeds", "steps", "guidance", "size", "batch_size", "frames")
 
@@ -44,15 +45,26 @@ class Job:
             raise ValueError("seeds is empty: give at least one, seeds=[0]")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}: each once, for equal seeds give equal pictures")
+        if (settings["controlnet"] is None) != (settings["control_image"] is None):
+            raise ValueError("controlnet and control_image go together: give both, controlnet=toy control_image=a.png")
+        if settings["controlnet"] is not None and settings["task"] == "invert":
+            raise ValueError("task=invert takes no controlnet: the real picture leads the drawing already")
         self.subjects = _subjects(settings["subjects"], settings["masks"])
         self.facts = self._facts()
 
     @cached_property
-    def pipe(self) -> MoAPipeline:
-        """The prior with the personalized weights, on its device, with the LoRA; its hashes join the facts."""
+    def pipe(self) -> MoAPipeline | MoAControlNetPipeline:
+        """Prior, personalized weights, LoRA and ControlNet, on their device; the hashes of the prior join the facts."""
         settings = self.settings
         device, dtype = device_and_dtype(settings["device"], settings["dtype"])
-        pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype)
+        where, weights, controlnet = settings["prior"]["source"], settings["weights"], settings["controlnet"]
+        pipe: MoAPipeline | MoAControlNetPipeline
+        if controlnet is None:
+            pipe = MoAPipeline.from_pretrained(where, weights, torch_dtype=dtype)
+        else:
+            pipe = MoAControlNetPipeline.from_pretrained(
+                where, weights, torch_dtype=dtype, controlnet=load_controlnet(controlnet)
+            )
         if settings["lora"] is not None:
             load_lora(pipe, settings["lora"], settings["lora_scale"])
         self.facts["prior"] = dict(pipe.prior_identity)
@@ -68,7 +80,20 @@ class Job:
             "negative_prompt": self.settings["negative_prompt"],
             "width": self.width,
             "height": self.height,
+            **self._control(),
         }
+
+    @cached_property
+    def control(self) -> Image.Image:
+        """What the ControlNet sees, of the pictures' size."""
+        own = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        picture = read_picture(self.settings["control_image"], "control_image")
+        return control_map(picture, (self.width or own, self.height or own), self.settings["control_kind"])
+
+    def _control(self) -> dict[str, Any]:
+        if self.settings["controlnet"] is None:
+            return {}
+        return {"image": self.control, "controlnet_conditioning_scale": float(self.settings["control_scale"])}
 
     def save(self, name: str, image: Image.Image, **more: Any) -> None:
         """Write a PNG with the facts in it; `more` are its own, such as its seed."""
@@ -83,7 +108,9 @@ class Job:
         self._write_json(f"{self.settings['task']}.json", measured)
 
     def write_facts(self) -> None:
-        """Write what made the pictures, as facts.json."""
+        """Write what made the pictures, as facts.json, and what the ControlNet saw, as control.png."""
+        if self.settings["controlnet"] is not None:
+            self.save("control.png", self.control)
         self._write_json("facts.json", self.facts)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -100,7 +127,9 @@ class Job:
         facts["weights"] = None if weights is None else _hash("weights", weights_path(weights))
         facts["subjects"] = [_hashes("subject", entry) for entry in settings["subjects"]]
         facts["masks"] = [_hashes("mask", entry) for entry in settings["masks"]]
-        for name in ("input", "input_mask", "lora"):
+        if settings["controlnet"] is not None:
+            facts |= {name: settings[name] for name in ("controlnet", "control_scale", "control_kind")}
+        for name in ("input", "input_mask", "lora", "control_image"):
             facts[name] = None if settings[name] is None else _hash(name, Path(settings[name]))
         facts["lora_scale"] = None if lora is None else settings["lora_scale"]
         facts["versions"] = {"moa_train": __version__, **{name: version(name) for name in ("torch", "diffusers")}}

@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject, Views, photo_and_mask
 
 FONT = ImageFont.load_default(12)
@@ -49,7 +49,7 @@ class Picture:
 
 
 def generate(
-    pipe: MoAPipeline,
+    pipe: SubjectPipeline,
     prompts: Sequence[str],
     subjects: Sequence[Sequence[Any]],
     seeds: Sequence[int],

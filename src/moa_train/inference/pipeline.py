@@ -8,6 +8,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torch import nn
 
 from moa_train.inference.subject_pipeline import SubjectPipeline
+from moa_train.prior.controlnet import check_controlnet
 
 
 class MoAPipeline(SubjectPipeline, StableDiffusionPipeline):
@@ -75,3 +76,5 @@ class MoAControlNetPipeline(SubjectPipeline, StableDiffusionControlNetPipeline):
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
+        for net in getattr(self.controlnet, "nets", [self.controlnet]):
+            check_controlnet(net, unet, self.vae_scale_factor)

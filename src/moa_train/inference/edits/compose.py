@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from moa_train.inference.edits.grid import Grid, Row, make_grid
-from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
 
@@ -15,7 +15,12 @@ _MARKER = re.compile(r"(\s*)<(\d+)>(?=(\w?))")
 
 
 def compose(
-    pipe: MoAPipeline, prompt: str, subjects: Sequence[Subject], seeds: Sequence[int], batch_size: int, **options: Any
+    pipe: SubjectPipeline,
+    prompt: str,
+    subjects: Sequence[Subject],
+    seeds: Sequence[int],
+    batch_size: int,
+    **options: Any,
 ) -> Grid:
     """A grid of stages by seeds: with n subjects <1>, <1> <2>, ... all of them, then without <1>, ... the last alone.
 

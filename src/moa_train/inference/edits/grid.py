@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from moa_train.inference.pictures import Picture, contact_sheet, generate, subjects_tile, text_tile
-from moa_train.inference.pipeline import MoAPipeline
 from moa_train.inference.regions import Difference, difference, mean_difference, routed_region
+from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
 
@@ -97,7 +97,7 @@ class Grid:
 
 
 def make_grid(
-    pipe: MoAPipeline, prompt: str, rows: Sequence[Row], seeds: Sequence[int], batch_size: int, **options: Any
+    pipe: SubjectPipeline, prompt: str, rows: Sequence[Row], seeds: Sequence[int], batch_size: int, **options: Any
 ) -> Grid:
     """Make the prior's picture of each seed, from the prompt without its markers, and a picture a row and seed."""
     plain = parse_prompt(prompt).text

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from moa_train.inference.pictures import Picture, contact_sheet, generate, subjects_tile
-from moa_train.inference.pipeline import MoAPipeline
 from moa_train.inference.regions import difference, routed_region
+from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
 
@@ -48,7 +48,7 @@ class Morph:
 
 
 def morph(
-    pipe: MoAPipeline,
+    pipe: SubjectPipeline,
     prompt: str,
     subjects: Sequence[Subject],
     seed: int,

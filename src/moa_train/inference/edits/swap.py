@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_train.inference.edits.grid import Grid, Row, make_grid
-from moa_train.inference.pipeline import MoAPipeline
+from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
 
 
 def swap(
-    pipe: MoAPipeline, prompt: str, subjects: Sequence[Subject], seeds: Sequence[int], batch_size: int, **options: Any
+    pipe: SubjectPipeline,
+    prompt: str,
+    subjects: Sequence[Subject],
+    seeds: Sequence[int],
+    batch_size: int,
+    **options: Any,
 ) -> Grid:
     """A grid of subjects by seeds.
 

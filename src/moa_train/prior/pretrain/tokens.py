@@ -53,5 +53,5 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 1024) -> CLIPToke
 
 def encode_captions(tokenizer: CLIPTokenizer, captions: list[str]) -> Int[Tensor, "b k"]:
     """Token ids, padded to `model_max_length` and truncated there."""
-    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt")
+    encoded = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return torch.as_tensor(encoded.input_ids)
