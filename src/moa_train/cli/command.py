@@ -92,7 +92,7 @@ def command_group(name: str, *, help: str, commands: Mapping[str, Callable[[], N
             from moa_train.cli.schema import nearest
 
             expected = f"expected one of {', '.join(commands)}"
-            _fail(name, f'unknown command "{chosen}": {expected}{nearest(chosen, commands)}')
+            fail(name, f'unknown command "{chosen}": {expected}{nearest(chosen, commands)}')
 
     return main
 
@@ -135,7 +135,7 @@ def _told_in_one_line(name: str, debug: bool) -> Iterator[None]:
             raise
         if debug:
             traceback.print_exc()
-        _fail(name, mistake)
+        fail(name, mistake)
 
 
 def _mistake(error: Exception) -> str | None:
@@ -164,7 +164,8 @@ def _is_told(error: BaseException) -> bool:
     return isinstance(error, (ValueError, OSError)) or lightning
 
 
-def _fail(name: str, message: str) -> NoReturn:
+def fail(name: str, message: str) -> NoReturn:
+    """One line on stderr and exit code 2."""
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(USAGE_ERROR)
 

@@ -31,6 +31,9 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
 
+  moa-eval collect=runs/moa/2026-01-31_12-00-00    gathers a sweep, or any folder of runs, into one table: settings that
+                           differ, last validation, evaluations that lie in the runs' folders; means over seeds
+
 Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and eval.yaml into `out`.
 The weights of a baseline (model=fastcomposer ...) are measured the same way; it has no router, so no routing.png.
 Every setting with its meaning: configs/eval.yaml
@@ -38,7 +41,13 @@ Every setting with its meaning: configs/eval.yaml
 
 
 def run(cfg: DictConfig) -> None:
-    """Generate, measure and report what the configuration describes."""
+    """Generate, measure and report what the configuration describes, or gather what runs have reported."""
+    if cfg.collect is not None:
+        from moa_train.cli.collect import report
+
+        if not report(Path(cfg.collect)):
+            raise ValueError(f"collect={cfg.collect}: there is no run (a folder with config.yaml) in it")
+        return
     from omegaconf import OmegaConf
 
     from moa_train.evaluation.benchmark import run_toy

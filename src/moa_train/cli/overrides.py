@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -157,6 +157,9 @@ class _CommandLine:
         if isinstance(value, ChoiceSweep) and self.sweeps:
             for item in value.list:
                 schema.check(key, item.text if isinstance(item, QuotedString) else item)
+        elif isinstance(value, IntervalSweep) and self.sweeps:
+            for bound in (value.start, value.end):
+                schema.check(key, bound)
         elif override.is_sweep_override() and not self.sweeps:
             raise ArgumentError(f"{override.input_line} gives several values: add -m to run each")
         elif not override.is_sweep_override():

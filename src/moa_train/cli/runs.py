@@ -84,11 +84,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _new_folder(cfg: DictConfig) -> Path:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return Path(HydraConfig.get().runtime.output_dir)
     job = os.environ.get("SLURM_JOB_ID")
     if job is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes cannot agree on a folder by the time: give run_dir=FOLDER (and ckpt=auto)")
@@ -98,26 +93,6 @@ def _new_folder(cfg: DictConfig) -> Path:
 def tell_ranks(folder: Path) -> None:
     """Lets ranks that this process is going to start use `folder` too."""
     os.environ[_AGREED] = str(folder.absolute())
-
-
-def refuse_sweep_of_ranks(cfg: DictConfig) -> None:
-    """A sweep whose trainer starts its own ranks would sweep again in each of them, with other values in one group.
-
-    Raises:
-        ValueError: the command line asks for that.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    many = cfg.trainer.devices not in (1, "1") or cfg.trainer.num_nodes != 1
-    if sweeps and cfg.run_dir is not None:
-        raise ValueError("run_dir cannot be given with -m: every run of a sweep needs a folder of its own")
-    if sweeps and many:
-        raise ValueError(
-            "-m cannot be combined with a trainer that starts several processes (they would each run the sweep): use "
-            "trainer=cpu or trainer=gpu, or start one torchrun job for each value"
-        )
 
 
 _NOISE = (

@@ -28,8 +28,10 @@ _LIBRARIES = re.compile(
 )
 """Classes that these packages show at their top: no path through a module to what it has imported."""
 
-_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_]+)*\.[A-Z]\w*")
-"""Hydra's launchers and sweepers, below the key `hydra` alone; Hydra itself refuses what is no plugin."""
+_HYDRA = re.compile(
+    r"((hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_]+)*|optuna\.(samplers|pruners))\.[A-Z]\w*"
+)
+"""Hydra's launchers and sweepers, and what the sweeper of Optuna is made of, below the key `hydra` alone; Hydra itself refuses what is no plugin."""
 
 _LOGGING = re.compile(r"(logging(\.handlers)?|colorlog)\.[A-Z]\w*")
 """What Hydra's own logging configuration may build."""

@@ -55,7 +55,12 @@ Every setting with its meaning: configs/train.yaml and the groups beside it, or 
 
 
 def run(cfg: DictConfig) -> None:
-    """Train as the configuration says, or make a recorded step again."""
+    """Train as the configuration says; a job of a sweep in a process of its own; with replay=, make one step again."""
+    from moa_train.cli.trials import in_sweep, run_trial
+
+    if in_sweep():
+        run_trial(cfg)
+        return
     if cfg.replay is not None:
         from moa_train.cli.replay import replay
 
@@ -65,10 +70,9 @@ def run(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning.utilities import rank_zero_only
 
-    from moa_train.cli.runs import logged_to, open_run, refuse_sweep_of_ranks, tell_ranks
+    from moa_train.cli.runs import logged_to, open_run, tell_ranks
     from moa_train.training.resume import check_resumable
 
-    refuse_sweep_of_ranks(cfg)
     chosen = open_run(cfg)
     cfg.run_dir, cfg.run_id = str(chosen.folder), cfg.run_id or chosen.identifier
     cfg.trainer.precision = chosen_precision(cfg.trainer.precision, cfg.trainer.accelerator)

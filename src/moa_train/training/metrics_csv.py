@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from moa_train.checkpoint import atomic_write
+from moa_train.training.rows import read_rows
 
 
 class MetricsCSV(Logger):
@@ -85,11 +86,3 @@ class MetricsCSV(Logger):
         writer.writerows(rows)
         atomic_write(self.path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
         self._columns = columns
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics file; none where there is no file. A row that a kill tore is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
