@@ -30,6 +30,7 @@ class OptunaSweeper(Sweeper):
         """Hydra's: the whole sweep. `arguments` are overrides, fixed ones and ranges."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
+        from moa_train.cli.command import told_in_one_line
         from moa_train.cli.study import search
 
         assert self.launcher is not None
@@ -42,4 +43,5 @@ class OptunaSweeper(Sweeper):
             self.validate_batch_is_legal(jobs)
             launcher.launch(jobs, initial_job_idx=first)
 
-        search(self.settings, overrides, Path(self.config.hydra.sweep.dir), launch)
+        with told_in_one_line("moa-train", debug=bool(self.config.get("debug", False))):
+            search(self.settings, overrides, Path(self.config.hydra.sweep.dir), launch)

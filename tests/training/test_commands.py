@@ -43,12 +43,23 @@ def test_each_machine_composes(world, trainer, expected):
     assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes) == expected
 
 
-def test_a_sweep_trains_one_run_for_each_value(world, tmp_path, monkeypatch):
-    settings = world.overrides("max_steps=1", f"runs={tmp_path}", "name=sweep")
-    assert call(train.main, monkeypatch, "-m", "optim.lr=1e-4,2e-4", *settings) == 0
-    (sweep,) = (tmp_path / "sweep").iterdir()
-    rates = [load(sweep / job)["moa_train"]["config"]["optim"]["lr"] for job in ("0", "1")]
-    assert rates == [1e-4, 2e-4]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "values"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["trainer.devices=1,2", "trainer.strategy=ddp"]),
+        (["hydra/launcher=submitit_local"], ["trainer.devices=1", "data.batch_size=2"]),
+    ],
+)
+def test_each_trial_trains_in_a_process_of_its_own_with_ranks_of_its_own(world, tmp_path, launcher, values):
+    settings = world.overrides("max_steps=1", f"hydra.sweep.dir={tmp_path}/sweep", *launcher, *values)
+    command = [sys.executable, "-m", "moa_train.train", "-m", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trials = sorted(path.parent for path in (tmp_path / "sweep").glob("*/trial.json"))
+    assert [load(trial)["global_step"] for trial in trials] == [1] * len(trials)
+    assert [(trial / "sample_log.rank1.csv").exists() for trial in trials] == [False, True][: len(trials)]
+    assert (tmp_path / "sweep" / "summary.md").exists()
 
 
 MISTAKES = {
@@ -61,7 +72,6 @@ MISTAKES = {
     "bad dtype": (["prior_dtype=int8"], "prior_dtype"),
     "missing checkpoint": (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
     "missing prior": (["prior=/no/such/prior"], "/no/such/prior"),
-    "sweep of ranks": (["-m", "seed=0,1", "trainer=ddp"], "-m cannot be combined"),
     "sweep into one folder": (["-m", "seed=0,1", "run_dir=here"], "run_dir cannot be given with -m"),
 }
 

@@ -61,7 +61,7 @@ def command(
     def main() -> None:
         arguments = sys.argv[1:]
         debug = "debug=true" in (argument.lower() for argument in arguments)
-        with _told_in_one_line(name, debug):
+        with told_in_one_line(name, debug):
             configs = folder or config_dir()
             if {"-h", "--help"} & set(arguments):
                 print(_fill_in(help, configs), end="" if help.endswith("\n") else "\n")
@@ -116,13 +116,13 @@ class _Job:
         self.__module__ = run.split(":")[0]  # Hydra names the job after it
 
     def __call__(self, cfg: Any) -> Any:
-        with _told_in_one_line(self.name, debug=bool(cfg.get("debug", False))):
+        with told_in_one_line(self.name, debug=bool(cfg.get("debug", False))):
             module, function = self.run.split(":")
             return getattr(import_module(module), function)(cfg)
 
 
 @contextmanager
-def _told_in_one_line(name: str, debug: bool) -> Iterator[None]:
+def told_in_one_line(name: str, debug: bool) -> Iterator[None]:
     """Turns a user's mistake into one line and exit code 2, an interrupt into one line and exit code 130."""
     try:
         yield

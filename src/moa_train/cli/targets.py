@@ -31,7 +31,7 @@ _LIBRARIES = re.compile(
 _HYDRA = re.compile(
     r"((hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_]+)*|optuna\.(samplers|pruners))\.[A-Z]\w*"
 )
-"""Hydra's launchers and sweepers, and what the sweeper of Optuna is made of, below the key `hydra` alone; Hydra itself refuses what is no plugin."""
+"""Hydra's launchers and sweepers, and Optuna's parts, below the key `hydra` alone; Hydra refuses what is no plugin."""
 
 _LOGGING = re.compile(r"(logging(\.handlers)?|colorlog)\.[A-Z]\w*")
 """What Hydra's own logging configuration may build."""

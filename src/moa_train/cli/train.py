@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_train.cli.command import command
@@ -29,8 +30,12 @@ Train MoA: teach a text-to-image model to draw the people (or other subjects) in
   moa-train                                         the toy world on this machine's CPU (about 20 minutes on two cores)
   moa-train experiment=ffhq_sd15 data.train=FOLDER data.validation=FOLDER      the paper's set-up, on a GPU
   moa-train experiment=ffhq_sd15 trainer=ddp ...    on all GPUs of this machine (several machines: docs/scaling.md)
+  moa-train plan experiment=ffhq_sd15 ...           what it needs: memory by part, disk, time; and all that is wrong
   moa-train ckpt=last                               goes on with the newest run of this name, in its folder
-  moa-train -m optim.lr=1e-4,3e-4 max_steps=200     a sweep: one run a value
+  moa-train -m optim.lr=1e-4,3e-4 seed=0,1          a sweep: one run, in a process of its own, for each combination
+  moa-train -m hydra/launcher=joblib hydra.launcher.n_jobs=2 ...      two at a time; submitit_slurm: jobs of a cluster
+  moa-train -m hydra/sweeper=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))'    values proposed by Optuna, the same
+                                                    command goes on; the hopeless are stopped early
 
 Experiments (experiment=):  {experiment}
 Machines    (trainer=):     {trainer}
@@ -46,6 +51,7 @@ Loggers     (logger=):      {logger}
   init=FILE                   start from exported weights (toy: the file in this package) instead of the prior's copy
   seed=0                      the same seed gives the same run; deterministic=true: to the bit
   trainer.on_nonfinite=skip   leaves out steps whose loss or gradient is not finite, on all ranks; stop (default) ends
+  dry_run=true plan_steps=3   the same as `moa-train plan`; real steps that it times (0: none)
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
 A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/.
@@ -73,6 +79,9 @@ def run(cfg: DictConfig) -> None:
     from moa_train.cli.runs import logged_to, open_run, tell_ranks
     from moa_train.training.resume import check_resumable
 
+    if cfg.dry_run:
+        _plan(cfg)
+        return
     chosen = open_run(cfg)
     cfg.run_dir, cfg.run_id = str(chosen.folder), cfg.run_id or chosen.identifier
     cfg.trainer.precision = chosen_precision(cfg.trainer.precision, cfg.trainer.accelerator)
@@ -91,6 +100,17 @@ def run(cfg: DictConfig) -> None:
         if trainer.world_size > 1:
             tell_ranks(chosen.folder)
         _fit(trainer, module, datamodule, chosen)
+
+
+def _plan(cfg: DictConfig) -> None:
+    from tempfile import TemporaryDirectory
+
+    from moa_train.cli.plan import plan
+    from moa_train.cli.runs import logged_to
+
+    cfg.trainer.precision = chosen_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    with TemporaryDirectory() as folder, logged_to(Path(folder) / "plan.log"):
+        plan(cfg, build_module, build_trainer, _build)
 
 
 def _fit(trainer: pl.Trainer, module: MoAModule, datamodule: pl.LightningDataModule, chosen: Run) -> None:
@@ -229,7 +249,9 @@ def _build(cfg: DictConfig) -> Any:
 
 
 def main() -> None:
-    """The command."""
+    """The command; `plan` as its first word stands for dry_run=true."""
+    if sys.argv[1:2] == ["plan"]:
+        sys.argv[1:2] = ["dry_run=true"]
     sys.argv[1:] = prior_paths_as_source(sys.argv[1:], config_dir())
     _main()
 

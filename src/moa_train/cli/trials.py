@@ -28,6 +28,9 @@ FINISHED, FAILED, INTERRUPTED, PRUNED, RUNNING, LOST = "finished", "failed", "in
 RECORD, OUTPUT, STOP = "trial.json", "output.log", "stop"
 """Files of a trial: how it ended, what it printed; and the request to end it, there or in the sweep's folder."""
 
+COMMAND = (sys.executable, "-m", "moa_train.train")
+"""What a trial's process runs."""
+
 _FROZEN = "trial"
 _LOCK = ".lock"
 _POLL = 0.5  # seconds between two looks at a running trial
@@ -83,10 +86,13 @@ def run_trial(cfg: DictConfig) -> None:
     A trial with a checkpoint goes on from it.
 
     Raises:
-        ValueError: the trial's folder holds another trial.
+        ValueError: the trial's folder holds another trial, or the configuration builds what it must not.
     """
     from hydra.core.hydra_config import HydraConfig
 
+    from moa_train.cli.targets import refuse_foreign_targets
+
+    refuse_foreign_targets(cfg)
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     overrides = list(hydra.overrides.task)
@@ -123,13 +129,8 @@ def _run(record: Record, before: Record | None, folder: Path, sweep: Path, lock:
     record = replace(record, attempts=attempts + 1, seconds=seconds)
     _write_record(folder, record)
     (folder / STOP).unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "moa_train.train",
-        f"--config-path={folder.absolute()}",
-        f"--config-name={_FROZEN}",
-    ]
+    frozen = [f"--config-path={folder.absolute()}", f"--config-name={_FROZEN}"]
+    command = [*COMMAND, *frozen]
     if (folder / "checkpoints" / "last.ckpt").exists():
         command.append("ckpt=last")
     _tell(record.number, f"{'goes on' if command[-1] == 'ckpt=last' else 'begins'} in {folder}")

@@ -186,6 +186,14 @@ class MoADataModule(pl.LightningDataModule):
                 del wanted[name]
             check_views(ShardIndex.load(self.validation, self.cache), vae, wanted, False)
 
+    def train_samples(self) -> int | None:
+        """Samples of the train sets; None where the stream is sequential and has no index."""
+        return len(self._train_sets()) if self.stream == "exact" else None
+
+    def validation_samples(self) -> int | None:
+        """Samples of the validation split; None where there is none."""
+        return None if self.validation is None else len(Mixture([ShardIndex.load(self.validation, self.cache)]))
+
     # ------------------------------------------------------------------------------------------------------- loaders
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Bytes cross to the device, floats are made there."""
