@@ -125,8 +125,8 @@ def test_a_plan_tells_all_and_writes_nothing(plan, finished, tmp_path):
 
 def test_all_problems_are_told_at_once(plan, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    code, _, err = plan("data.validation=/no/such/validation", "plan_steps=0")
-    assert code == 2
+    code, out, err = plan("data.validation=/no/such/validation", "plan_steps=0")
+    assert code == 2, out + err
     problems = [line for line in err.splitlines() if line.startswith("moa-train plan: error: ")]
     assert len(problems) == 2
     assert "/no/such/validation" in problems[0]

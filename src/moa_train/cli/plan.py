@@ -220,7 +220,7 @@ def _peak(on_cpu: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_allocated()
 
 
-def _size(number: float) -> str:
+def _size(number: int) -> str:
     return f"{number / _GB:.2f} GB" if number >= _GB / 10 else f"{number / 1e6:.1f} MB"
 
 
