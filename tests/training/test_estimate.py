@@ -18,7 +18,7 @@ def parts(world):
     cfg = world.config("run_dir=nowhere", "run_id=nothing")
     prior, module = train.build_module(cfg)
     data = train._build(cfg.data)(tokenizer=prior.tokenizer, subject_size=prior.image_encoder.image_size)
-    return module, next(iter(data.train_dataloader()))
+    return module, next(iter(data.train_dataloader())).unpacked()
 
 
 def saved_bytes(module, batch):

@@ -60,6 +60,7 @@ def step_memory(module: MoAModule, batch: Batch, bf16: bool, averaged: bool) -> 
     trained = _bytes(module.trained_parameters().values())
     frozen = _bytes(parameter for parameter in module.parameters() if not parameter.requires_grad)
     frozen += _bytes(module.buffers())
+    batch = batch.unpacked()
     step = _Step(module, bf16)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
