@@ -191,7 +191,8 @@ class Checkpoints(StepCallback, Checkpoint):
             name = signal.Signals(self._stop_by).name
             logger.warning("stopped by %s at step %d; resume with ckpt=last", name, trainer.global_step)
             # Lightning's launcher kills its main process, the first rank, when another one fails before it ends
-            launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)  # type: ignore[attr-defined]
+            environment = getattr(trainer.strategy, "cluster_environment", None)  # one process alone has none
+            launched = isinstance(environment, LightningEnvironment)
             raise Interrupted(self._stop_by, 0 if launched and trainer.local_rank > 0 else None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: MoAModule) -> None:  # type: ignore[override]
