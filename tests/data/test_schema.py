@@ -87,10 +87,12 @@ def test_damaged_members_are_refused_by_name(make_sample, suffix, content, told)
         decode_sample("00000", members)
 
 
-def test_a_truncated_picture_is_refused(make_sample):
-    members = encode_sample(make_sample(0))
-    with pytest.raises(BadSample, match="cannot read"):
-        decode_sample("00000", members | {"png": members["png"][:200]})
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_truncated_anywhere_is_refused(make_sample, suffix):
+    members = encode_sample(make_sample(0, 64), suffix)
+    for end in range(1, len(members[suffix]) - 16, 97):
+        with pytest.raises(BadSample, match=f"cannot read 00000.{suffix}"):
+            decode_sample("00000", members | {suffix: members[suffix][:end]})
 
 
 def test_an_unknown_image_format_is_refused(make_sample):
