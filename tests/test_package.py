@@ -59,6 +59,7 @@ def test_the_wheel_holds_configs_assets_and_types(wheel):
     assert "moa_train/configs/train.yaml" in configs
     assert any(name.startswith("moa_train/assets/") for name in package)
     assert configs | package <= names
+    assert "hydra_plugins/moa_train_optuna.py" in names  # where Hydra looks for hydra/sweeper=optuna
     assert not {name for name in names if name.startswith(("tests/", "scripts/"))}
 
 
