@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -16,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import tiny
 from moa_train.checkpoint import export_personalized
 from moa_train.cli import evaluate, generate
+from moa_train.cli.job import Job
 from moa_train.cli.paths import config_dir
 from moa_train.data.sources.toyworld import CONTEXTS, IDENTITY_DIM
 from moa_train.model.unet import MoAConfig, add_moa, personalized_state_dict
@@ -133,9 +135,43 @@ def test_a_task_writes_its_files_and_the_same_command_the_same_bytes(world, tmp_
                 assert len(told["weights"]) == 64
 
 
+def test_control_at_sampling_reaches_the_pipeline_and_the_facts(world, tmp_path):
+    subjects = [f"subjects=[{world / 'man.png'}]", f"masks=[{world / 'mask.png'}]", "prompt='a man <1>'", "seeds=[0]"]
+    controls = {
+        "whole": [],
+        "none": ["subject_strength=0"],
+        "layer": ["subject_strength={mid_block.*:0.5}"],
+        "late": ["subject_start=1"],
+        "boxed": ["regions=[[0,0,0.5,1]]", "separate_subjects=true"],
+        "forced": [f"routing_override={world / 'mask.png'}"],
+    }
+    facts, shares = {}, {}
+    for name, given in controls.items():
+        settings = OmegaConf.to_container(
+            composed("generate", world, *subjects, *given, "progress=false"), resolve=True
+        )
+        job = Job(settings)
+        facts[name] = job.facts
+        job.pipe(job.prompt, job.subjects, generator=torch.Generator().manual_seed(0), **job.sampling)
+        shares[name] = job.pipe.routing.mean[0]
+    assert shares["whole"].min() > 0
+    assert not shares["none"].any()
+    assert not shares["late"].any()
+    assert not shares["boxed"][:, 6:].any()  # the mean over layers is smoothed
+    assert shares["boxed"][:, :4].all()
+    assert not torch.equal(shares["layer"], shares["whole"])
+    assert shares["forced"].max() > 0.5
+    assert shares["forced"][0, 0] == 0
+    assert facts["whole"].keys() == facts["none"].keys() - {"subject_strength"}
+    assert facts["boxed"]["regions"] == [[0, 0, 0.5, 1]]
+    assert len(facts["forced"]["routing_override"]) == 64
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["regions=[none.png]"], "none.png is not a file"),
+        (["subject_start=2"], "subject_start is 2"),
         (["masks=[a.png,b.png]", "subjects=[c.png]"], "2 masks were given for 1 subjects"),
         (["seeds=[]"], "seeds is empty"),
         (["seeds=[1,1]"], "each once"),

@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 
 from drawing import PLAIN, PROMPT, make, seeded
@@ -93,6 +98,27 @@ def test_a_pipeline_without_moa_is_saved_as_the_prior(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert not (tmp_path / "personalized.safetensors").exists()
     assert np.array_equal(make(quiet(MoAPipeline.from_pretrained(tmp_path)), PLAIN).shape, (1, 16, 16, 3))
+
+
+def test_another_checkpoint_of_the_architecture_under_the_same_personalized_weights(made, weights, photo, tmp_path):
+    """A community checkpoint: its pictures where no subject is, its style around the subject, the same experts."""
+    other = tmp_path / "other"
+    made.save_pretrained(other)
+    (other / "personalized.safetensors").unlink()
+    unet = UNet2DConditionModel.from_pretrained(other / "unet")
+    with torch.no_grad():
+        for value in unet.parameters():
+            value.mul_(1.1)
+    unet.save_pretrained(other / "unet")
+    swapped = quiet(MoAPipeline.from_pretrained(other, weights))
+    plain = quiet(StableDiffusionPipeline.from_pretrained(other, safety_checker=None))
+    plain.scheduler = swapped.scheduler
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
+    assert np.array_equal(make(swapped, PLAIN), plain(PLAIN, generator=seeded(0), **options).images)
+    made.scheduler = swapped.scheduler
+    assert not np.array_equal(make(swapped, PROMPT, [photo]), make(made, PROMPT, [photo]))
+    own, before = (personalized_state_dict(pipe.unet) for pipe in (swapped, made))
+    assert all(torch.equal(value, before[name]) for name, value in own.items())
 
 
 def test_what_a_folder_cannot_hold_is_refused(pipe, tmp_path):

@@ -52,6 +52,11 @@ Settings
   negative_prompt="..."     what to guide away from
   size=[512,512]            width and height in pixels; null: the prior's own
   batch_size=4              pictures denoised together: memory against speed
+  subject_strength=0.5      less of the subjects: 0 is the prior's picture; '{up_blocks.*:0.5}' in these layers alone
+  subject_start=0.3         the first 30 % of the steps see the prior alone: its layout, the subjects' details
+  regions=[[0,0,0.5,1],right.png]   where each subject may be: left, top, right, bottom in fractions; a mask; null
+  separate_subjects=true    subjects that must not mix: each pixel sees one
+  routing_override=map.png  draw with the personalized expert where the map is white; or a number
   routing=false             task=generate without routing maps
   frames=9                  task=morph: pictures, the ends included
   input=photo.png           task=invert: the real picture; input_mask=mask.png is white where it may change

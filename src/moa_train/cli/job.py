@@ -22,6 +22,7 @@ from moa_train.inference.weights import weights_path
 from moa_train.prior.controlnet import control_map, load_controlnet
 
 _SETTINGS = ("task", "prompt", "negative_prompt", "seeds", "steps", "guidance", "size", "batch_size", "frames")
+_CONTROLS = ("subject_strength", "routing_override", "subject_start", "regions", "separate_subjects")
 
 
 class Job:
@@ -81,6 +82,7 @@ class Job:
             "width": self.width,
             "height": self.height,
             **self._control(),
+            **self.asked,
         }
 
     @cached_property
@@ -94,6 +96,12 @@ class Job:
         if self.settings["controlnet"] is None:
             return {}
         return {"image": self.control, "controlnet_conditioning_scale": float(self.settings["control_scale"])}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Control at sampling; what is not asked for is left out."""
+        given = {name: self.settings[name] for name in _CONTROLS}
+        return {name: value for name, value in given.items() if value is not None and value is not False}
 
     def save(self, name: str, image: Image.Image, **more: Any) -> None:
         """Write a PNG with the facts in it; `more` are its own, such as its seed."""
@@ -129,6 +137,7 @@ class Job:
         facts["masks"] = [_hashes("mask", entry) for entry in settings["masks"]]
         if settings["controlnet"] is not None:
             facts |= {name: settings[name] for name in ("controlnet", "control_scale", "control_kind")}
+        facts |= {name: _with_hashes(name, value) for name, value in self.asked.items()}
         for name in ("input", "input_mask", "lora", "control_image"):
             facts[name] = None if settings[name] is None else _hash(name, Path(settings[name]))
         facts["lora_scale"] = None if lora is None else settings["lora_scale"]
@@ -159,6 +168,13 @@ def _subject(photo: Any, mask: Any) -> Any:
 
 def _hashes(what: str, entry: Any) -> Any:
     return [_hashes(what, each) for each in entry] if isinstance(entry, list) else _hash(what, Path(entry))
+
+
+def _with_hashes(what: str, value: Any) -> Any:
+    """A setting with the hash of each file in the place of its path."""
+    if isinstance(value, list):
+        return [_with_hashes(what, each) for each in value]
+    return _hash(what, Path(value)) if isinstance(value, str) else value
 
 
 def _hash(what: str, path: Path) -> str:

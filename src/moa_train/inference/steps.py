@@ -33,7 +33,7 @@ class AfterStep:
     def __init__(
         self,
         call: MoACall,
-        start: float,
+        start: float | int,
         owners: Int[Tensor, "b s"] | None,
         recorder: RoutingRecorder | None,
         options: dict[str, Any],
