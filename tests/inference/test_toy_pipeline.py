@@ -20,7 +20,7 @@ from moa_train.losses import mean_subject_attention
 
 MAN, TWO = "a photo of a man <1> at the beach", "a photo of a man <1> and a woman <2> at the beach"
 BEACH = "a photo of a man at the beach"
-SHORT = {"num_inference_steps": 4, "guidance_scale": 3.0}
+SHORT = {"num_inference_steps": 3, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
