@@ -157,11 +157,11 @@ def test_control_at_sampling_reaches_the_pipeline_and_the_facts(world, tmp_path)
     assert shares["whole"].min() > 0
     assert not shares["none"].any()
     assert not shares["late"].any()
-    assert not shares["boxed"][:, 6:].any()  # the mean over layers is smoothed
+    assert shares["boxed"][:, 6:].max() < 1e-6  # the mean over layers is smoothed
     assert shares["boxed"][:, :4].all()
     assert not torch.equal(shares["layer"], shares["whole"])
     assert shares["forced"].max() > 0.5
-    assert shares["forced"][0, 0] == 0
+    assert shares["forced"][0, 0] < 1e-6
     assert facts["whole"].keys() == facts["none"].keys() - {"subject_strength"}
     assert facts["boxed"]["regions"] == [[0, 0, 0.5, 1]]
     assert len(facts["forced"]["routing_override"]) == 64
