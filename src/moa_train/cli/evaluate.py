@@ -35,7 +35,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
                            differ, last validation, evaluations that lie in the runs' folders; means over seeds
 
 Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and eval.yaml into `out`.
-The weights of a baseline (model=fastcomposer ...) are measured the same way; it has no router, so no routing.png.
+The weights of a baseline (FastComposer, IP-Adapter) are measured the same way; it has no router, so no routing.png.
 Every setting with its meaning: configs/eval.yaml
 """
 
