@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import loggers
+from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_only
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,15 @@ class Wandb(_Forgiving, loggers.WandbLogger):
 class TensorBoard(_Forgiving, loggers.TensorBoardLogger):
     """TensorBoard. Where its folder cannot be written, the run goes on without."""
 
+    @property
+    def experiment(self) -> Any:
+        """The writer; Lightning asks for it before anything is logged, and a full disk refuses it already then."""
+        try:
+            return super().experiment
+        except OSError as error:
+            self._forgive("TensorBoard", partial(_raise, error))
+            return DummyExperiment()
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._forgive("TensorBoard", lambda: super(TensorBoard, self).log_metrics(metrics, step))
@@ -85,6 +96,10 @@ class TensorBoard(_Forgiving, loggers.TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self._forgive("TensorBoard", lambda: super(TensorBoard, self).finalize(status))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _told(error: BaseException) -> str:
