@@ -29,16 +29,19 @@ RANDOM = ["prior=toy", "image_encoder=toy", "trainer=cpu", "trainer.accumulate_g
 SMALLER = {
     "moa-data toy": ["train=12", "validation=4", "test=0"],
     "moa-data show": ["count=2"],
+    "moa-data subjects": ["count=2"],
     "moa-data photos": [],
     "moa-data fastcomposer": ["workers=0"],
     "moa-data validate": [],
     "moa-data latents": ["prior=toy", "resolution=64"],
     "moa-train": [*SMALL, "max_steps=1"],
     "moa-train experiment=ffhq_sd15": [*SMALL, *RANDOM, "max_steps=1", "gradient_checkpointing=false"],
+    "moa-train plan": [*SMALL, "plan_steps=0"],
     "moa-train -m": [*SMALL, "max_steps=1"],
     "moa-train ckpt=last": [*SMALL, "max_steps=2"],
     "moa-export": [],
     "moa-generate": ["steps=2", "seeds=[0]"],
+    "moa-eval collect": [],
     "moa-eval": ["steps=2", "people=4", "contexts=1"],
 }
 """By the start of a command: what makes it small enough for a test. The longest start that fits is taken."""
@@ -66,7 +69,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image, mask = draw_portrait(np.random.default_rng(0), identity("test", 0), 64)
-    Image.fromarray(np.dstack([image, 255 * mask])).save("man.png")
+    for name in ("man.png", "other.png"):
+        Image.fromarray(np.dstack([image, 255 * mask])).save(name)
     Path("photos").mkdir()
     for number in range(4):  # with masks beside them, since the cascade knows no cartoon faces
         image, mask = draw_portrait(np.random.default_rng(number), identity("train", number), 96)
@@ -79,7 +83,9 @@ def test_every_command_runs_as_written(tmp_path, monkeypatch):
     for command in COMMANDS:
         run(command, monkeypatch)
     assert Path("personalized.safetensors").is_file()
-    assert Path("outputs/generate/samples.png").is_file()
+    assert Path("card/README.md").is_file()
+    assert Path("outputs/generate/control.png").is_file()
+    assert Path("outputs/swap/swap.png").is_file()
     assert Path("outputs/eval/metrics.json").is_file()
 
 
