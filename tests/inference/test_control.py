@@ -153,10 +153,10 @@ def test_a_callback_that_switches_guidance_off_works(pipe, photo):
 
 
 def test_regions_are_found_around_people_and_each_subject_keeps_its_own():
-    """Two blobs; both subjects look at both of them, the first a little more at the lower right one."""
+    """Two blobs; the first subject looks at both, so that half way between the first centres is inside a blob."""
     rows, columns = np.mgrid[:12, :16]
     blobs = [np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8.0) for y, x in ((3, 3), (8, 12))]
-    first, second = 0.45 * blobs[0] + 0.55 * blobs[1], 3 * (0.6 * blobs[0] + 0.4 * blobs[1])
+    first, second = 0.6 * blobs[0] + 0.4 * blobs[1], 3 * blobs[0]
     maps = torch.from_numpy(np.stack([0.3 * first, second, 0.7 * first]))[None]
     found = owned(maps, torch.tensor([[0, 1, 0]]))[0]
     assert torch.equal(found[0], found[2])
