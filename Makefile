@@ -1,7 +1,8 @@
 # `make` alone shows what there is. Everything lives in .venv, which the first command makes.
-# Another interpreter: PYTHON=python3.12 make test
+# Another interpreter: PYTHON=python3.12 make test; more tests at once: JOBS=8 make test
 
 PYTHON ?= python3
+JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -21,7 +22,7 @@ check: $(VENV)/.installed ## Lint, format, types, architecture, tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 format: $(VENV)/.installed ## Rewrite the sources in the project's format and fix what ruff can fix
 	$(BIN)/ruff check --fix

@@ -5,9 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: `make test` runs two tests at once
 
 import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("moa_train", "beartype.beartype")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
