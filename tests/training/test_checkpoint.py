@@ -131,7 +131,7 @@ def test_nothing_is_removed_for_a_checkpoint_that_cannot_be_written(tmp_path, as
 def test_a_failed_write_ends_the_run_at_the_next_step_not_at_the_next_save(tmp_path):
     run = Saving(tmp_path, monitor=None, asynchronous=True)
     run.callback.every_n_steps = 10
-    with pytest.raises(CheckpointNotWritten, match=r"File too large.*there is none yet"):
+    with pytest.raises(CheckpointNotWritten, match=r"File too large.*there is none yet"):  # noqa: PT012
         with files_limited_to(4000):
             run.step(10)  # raises already where the writer was quick
             run.callback.writer.wait()
