@@ -148,7 +148,6 @@ def on_two_ranks(world, folder, *settings):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.xfail(reason="the replay prints its head alone and exits with 1: cause unknown", strict=False)
 @pytest.mark.slow
 def test_infinity_on_one_rank_stops_both_with_one_message_and_is_made_again(world, sick, tmp_path, monkeypatch, capfd):
     run = tmp_path / "run"

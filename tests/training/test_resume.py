@@ -67,7 +67,6 @@ def assert_same(given, expected, path=""):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="passes alone, differs behind other tests: what leaks is not found", strict=False)
 def test_stopped_by_sigterm_then_killed_then_resumed_is_the_straight_run_bit_for_bit(world, tmp_path):
     straight = world.train(tmp_path / "straight", *STEPS)
     broken = tmp_path / "broken"

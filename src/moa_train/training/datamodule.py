@@ -231,7 +231,7 @@ class MoADataModule(pl.LightningDataModule):
         order = StreamOrder(sets.counts, sets.shares, self.seed, self.window, self.batch_size * world * accumulate)
         rows = ExactStream(sets, self.pipeline, self.seed, self._notes(), self.window)
         addresses = islice(GlobalBatchSampler(order, rank, world, accumulate, step - 1), accumulate)
-        return [collate([rows[address] for address in micro]) for micro in addresses]
+        return [collate([rows[address] for address in micro]).unpacked() for micro in addresses]
 
     def _rows_loader(self, sets: Mixture, pipeline: Pipeline, sampler: Any, guard: BadSampleGuard) -> DataLoader[Any]:
         notes = self._notes()
