@@ -12,3 +12,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("moa_train", "beartype.beartype")
 torch.set_num_threads(1)
+
+
+def pytest_runtest_teardown():
+    """Commands that run in the tests' process may set the number of threads, on which the last bits of sums depend."""
+    torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """The contract of every command: help at once, Hydra's overrides, and mistakes told in one line with exit code 2."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -91,7 +92,10 @@ def call(configs, monkeypatch, tmp_path, capsys):
         out, err = capsys.readouterr()
         return code, out, err, list(JOBS)
 
-    return call
+    yield call
+    for handler in [each for each in logging.root.handlers if isinstance(each, logging.FileHandler)]:
+        logging.root.removeHandler(handler)  # Hydra's log file, which it leaves open
+        handler.close()
 
 
 def test_overrides_reach_the_command(call):
