@@ -1,5 +1,6 @@
 """What holds for every test: shapes and types of annotated functions are checked, nothing goes to the network."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,5 +16,9 @@ torch.set_num_threads(1)
 
 
 def pytest_runtest_teardown():
-    """Commands that run in the tests' process may set the number of threads, on which the last bits of sums depend."""
+    """Commands that run in the tests' process set what holds for all of it.
+
+    The number of threads, on which the last bits of sums depend, and the level of logging, by Hydra.
+    """
     torch.set_num_threads(1)
+    logging.root.setLevel(logging.WARNING)
