@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from moa_train.denoiser import Denoiser
 from moa_train.model.attention import MoACall
@@ -246,6 +246,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(tools):
         {"self_attention": False},
         {"router_kind": "linear"},
         {"initial_prior": 0.9},
+        {"hard_routing": True},
+        {"cross_attention": False},
+        {"exclude": ("down_blocks.0",)},
     ],
 )
 def test_each_ablation_starts_as_the_prior_and_trains_all_it_has(tools, changes):
@@ -254,12 +257,43 @@ def test_each_ablation_starts_as_the_prior_and_trains_all_it_has(tools, changes)
     unet = add_moa(tools.make_unet(), config)
     prediction, seen = Denoiser(unet)(*tools.latents(), conditioning)
     torch.testing.assert_close(prediction, pretrained_output(tools, "sd1", conditioning), rtol=0, atol=1e-6)
-    assert len(seen.routing) == (4 if changes.get("self_attention") is False else 8)
+    assert len(seen.routing) == 8 - {"self_attention": 4, "cross_attention": 4, "exclude": 2}.get(min(changes), 0)
+    assert not any(layer.startswith("down_blocks.0") for layer in seen.routing) or "exclude" not in changes
     tools.randomize(unet)
     Denoiser(unet)(*tools.latents(), conditioning)[0].square().mean().backward()
     for group in trainable_parameters(unet).values():
         assert all(parameter.grad is not None for _, parameter in group)
     assert MoAConfig(**config.to_dict()) == config
+
+
+def test_without_cross_attention_experts_the_photo_enters_by_the_priors_weights(tools):
+    """The layers' output against diffusers' own attention over the prompt whose nouns carry the photo."""
+    unet, conditioning = tools.trained(cross_attention=False), tools.make_conditioning()
+    layer = next(name for name in unet.moa.cross_layers)
+    attn, (z, t) = unet.get_submodule(layer), tools.latents()
+    kept = {}
+    handle = attn.register_forward_hook(lambda _, inputs, out: kept.update(hidden=inputs[0], out=out))
+    Denoiser(unet)(z, t, conditioning)
+    handle.remove()
+    prompt = conditioning.prior_tokens.clone()
+    for row, slot in conditioning.subject_present.nonzero().tolist():
+        prompt[row, conditioning.subject_positions[row, slot]] = unet.moa.tokens(t, conditioning)[0, row, slot]
+    torch.testing.assert_close(kept["out"], AttnProcessor2_0()(attn, kept["hidden"], prompt), rtol=0, atol=1e-5)
+    assert (kept["out"] - AttnProcessor2_0()(attn, kept["hidden"], conditioning.prior_tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [(["down_blocks.9"], "exclude names 'down_blocks.9'"), (["up_blocks", "down_blocks", "mid_block"], "no photo")],
+)
+def test_exclusions_that_fit_no_layer_or_every_one_are_refused(tools, exclude, message):
+    with pytest.raises(ValueError, match=message):
+        add_moa(tools.make_unet(), replace(tools.config, exclude=exclude))
+
+
+def test_a_config_that_leaves_no_layer_is_refused(tools):
+    with pytest.raises(ValueError, match="no layer is left"):
+        replace(tools.config, self_attention=False, cross_attention=False)
 
 
 def test_timestep_and_layer_reach_the_output_only_when_switched_on(tools):

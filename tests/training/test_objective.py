@@ -81,6 +81,14 @@ def test_masked_draws_have_their_probability_and_depend_on_the_key_alone():
     assert torch.equal(draw_masked(keys.flip(0), 0.3), drawn.flip(0))
 
 
+def test_the_error_counts_inside_the_subject_alone_until_the_masks_warm_up_is_over():
+    settings = LossSettings(mask_probability=0.25, mask_warmup=0.6)
+    assert [settings.at(progress).mask_probability for progress in (0.0, 0.59, 0.6, 1.0)] == [1.0, 1.0, 0.25, 0.25]
+    assert LossSettings(mask_probability=0.25).at(0.0).mask_probability == 0.25
+    with pytest.raises(ValueError, match=r"loss\.mask_warmup=1\.5"):
+        LossSettings(mask_warmup=1.5)
+
+
 def test_masks_at_latent_resolution_are_area_averages():
     mask = torch.zeros(1, 2, 4, 4)
     mask[0, 0, :2, :3] = 1

@@ -13,9 +13,9 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa_train.baselines.attention import MultimodalProcessor
 from moa_train.conditioning.multimodal import noun_tokens
 from moa_train.model.attention import PriorProcessor
+from moa_train.model.one_expert import MultimodalProcessor
 from moa_train.symbols import Conditioning
 
 

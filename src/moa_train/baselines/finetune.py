@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from diffusers.models.attention_processor import Attention
 
-from moa_train.baselines.attention import MultimodalProcessor
 from moa_train.conditioning.multimodal import MultimodalTokens
 from moa_train.model.attention import PriorProcessor
+from moa_train.model.one_expert import MultimodalProcessor
 
 
 @dataclass(frozen=True)

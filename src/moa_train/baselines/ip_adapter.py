@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa_train.baselines.attention import projected
 from moa_train.model.attention import MoACall, PriorProcessor
+from moa_train.model.one_expert import projected
 from moa_train.symbols import Conditioning
 
 

@@ -65,18 +65,25 @@ class ImageEncoder(nn.Module):
         self.image_size: int = height
         self.register_buffer("mean", torch.tensor(tower.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tower.image_std).view(3, 1, 1), persistent=False)
-        self.trainable_layers = trainable_layers
+        self.trainable_layers = 0
+        self.trained: list[str] = []
         if trainable_layers:
-            self._unfreeze(trainable_layers)
-        self.trained = [name for name, value in self.named_parameters() if value.requires_grad]
+            self.unfreeze(trainable_layers)
 
-    def _unfreeze(self, count: int) -> None:
+    def unfreeze(self, count: int) -> None:
+        """Let the last `count` transformer blocks train.
+
+        Raises:
+            ValueError: there are not so many.
+        """
         transformer = getattr(self.visual, "transformer", None)
         blocks = getattr(transformer, "resblocks", [])
         if not 0 <= count <= len(blocks):
             raise ValueError(f"trainable_layers is {count}, this image encoder has {len(blocks)} transformer blocks")
         for block in blocks[len(blocks) - count :]:
             block.requires_grad_(True)
+        self.trainable_layers = count
+        self.trained = [name for name, value in self.named_parameters() if value.requires_grad]
 
     @property
     def device(self) -> torch.device:

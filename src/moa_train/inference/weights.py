@@ -42,10 +42,15 @@ def load_personalized_prior(
         return load_prior(str(prior), **options), {}
     path = weights_path(weights)
     state, metadata = load_personalized(path)
-    if "image_encoder" not in options:
+    given = "image_encoder" in options
+    if not given:
         options |= _trained_image_encoder(metadata)
     parts = load_prior(str(prior), **options)
     try:
+        if not given and "image_encoder" not in options:  # the prior's own stands in
+            parts.image_encoder.unfreeze(
+                (metadata.get("config", {}).get("image_encoder") or {}).get("trainable_layers", 0)
+            )
         install(parts.unet, method_of(metadata))
         fill_moa(parts, state, metadata)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moa_train.conditioning.multimodal import MultimodalTokens
 from moa_train.model.attention import MoACall, MoAProcessor, PriorProcessor
+from moa_train.model.one_expert import MultimodalProcessor
 from moa_train.model.router import Router, RouterKind
 
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
@@ -43,8 +44,11 @@ class Method(Protocol):
 class MoAConfig:
     """Everything that shapes the trained weights; kept in the metadata of an export.
 
-    image_dim: width of an image feature. router_kind, initial_prior: see `Router`. sinusoids, use_timestep, use_layer:
-    see `MultimodalTokens`. self_attention: False leaves self-attention to the prior alone.
+    image_dim: width of an image feature. router_kind, initial_prior, hard_routing: see `Router`. sinusoids,
+    use_timestep, use_layer: see `MultimodalTokens`.
+    self_attention: False leaves self-attention to the prior alone. cross_attention: False leaves cross-attention to the
+    prior's weights, which read the multimodal prompt; no router keeps its subjects in their place.
+    exclude: layers (names, or what they begin with) that stay the prior's in every respect.
     """
 
     name: ClassVar[str] = "moa"
@@ -53,10 +57,17 @@ class MoAConfig:
     image_dim: int
     router_kind: RouterKind = "mlp"
     initial_prior: float = 0.5
+    hard_routing: bool = False
     self_attention: bool = True
+    cross_attention: bool = True
     sinusoids: int = 256
     use_timestep: bool = True
     use_layer: bool = True
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.self_attention or self.cross_attention):
+            raise ValueError("self_attention and cross_attention are both false: no layer is left to personalize")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them; `MoAConfig(**values)` is the inverse."""
@@ -68,9 +79,13 @@ class MoAConfig:
 
     def processor(self, attn: Attention, layer: str) -> MoAProcessor | PriorProcessor:
         """Two experts and a router, or the prior alone."""
+        if any(_begins(layer, name) for name in self.exclude):
+            return PriorProcessor()
         if not attn.is_cross_attention and not self.self_attention:
             return PriorProcessor()
-        router = Router(attn.query_dim, self.router_kind, self.initial_prior)
+        if attn.is_cross_attention and not self.cross_attention:
+            return MultimodalProcessor(layer)
+        router = Router(attn.query_dim, self.router_kind, self.initial_prior, self.hard_routing)
         return MoAProcessor(attn, layer, router.to(attn.to_q.weight))
 
 
@@ -116,6 +131,8 @@ def install(unet: UNet2DConditionModel, method: Method) -> UNet2DConditionModel:
     for layer in layers:
         _check_attention(layer, unet.get_submodule(layer))
     cross = [layer for layer in layers if unet.get_submodule(layer).is_cross_attention]
+    if isinstance(method, MoAConfig):
+        _check_excluded(method.exclude, layers, cross)
     tokens = method.tokens(len(cross), unet.get_submodule(cross[0]).cross_attention_dim)
     moa = InstalledMoA(method, tokens.to(unet.device, unet.dtype), cross)
     moa.were_trainable = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
@@ -205,6 +222,19 @@ def _installed(unet: UNet2DConditionModel) -> InstalledMoA:
     if not hasattr(unet, "moa"):
         raise ValueError("this U-Net has no MoA: call add_moa first")
     return unet.moa
+
+
+def _check_excluded(exclude: Sequence[str], layers: list[str], cross: list[str]) -> None:
+    for name in exclude:
+        if not any(_begins(layer, name) for layer in layers):
+            raise ValueError(f"exclude names {name!r}, which no attention layer begins with; they are {layers}")
+    if all(any(_begins(layer, name) for name in exclude) for layer in cross):
+        raise ValueError(f"exclude={list(exclude)} leaves out every cross-attention layer: no photo would enter")
+
+
+def _begins(layer: str, name: str) -> bool:
+    """Whether `name` is the layer's, or that of a module around it."""
+    return f"{layer}.".startswith(f"{name}.")
 
 
 def _check_attention(layer: str, attn: Attention) -> None:

@@ -175,8 +175,8 @@ class MoAModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         noised = self.noised(batch)
         masks = Masks.of(batch, (noised.noisy.shape[-2], noised.noisy.shape[-1]))
-        terms, observations = self.losses(batch, noised, self.conditioning(batch), masks, self.loss)
         progress = self.trainer.global_step / self.max_steps
+        terms, observations = self.losses(batch, noised, self.conditioning(batch), masks, self.loss.at(progress))
         per_sample = self.loss.weighted(terms, progress)
         total = per_sample.mean()
         shown = {name: mean for name, (mean, _) in watched(observations, batch, masks).items()}
@@ -251,10 +251,11 @@ class MoAModule(pl.LightningModule):
             counter["completed"] = done - 1 if saved_mid_hook else done
 
     def _tell_other_length(self, before: int, step: int) -> None:
-        if before != self.max_steps and self.loss.router.warmup + self.loss.router.ramp > 0:
+        fractions = (self.loss.router.warmup, self.loss.router.ramp, self.loss.mask_warmup)
+        if before != self.max_steps and any(fractions):
             logger.warning(
-                "max_steps was %d, is %d: the router loss's warm-up and ramp are fractions of it and move; its weight "
-                "goes on with %g",
+                "max_steps was %d, is %d: the warm-ups of router loss and mask and the ramp are fractions of it "
+                "and move; the router loss's weight goes on with %g",
                 before,
                 self.max_steps,
                 self.loss.router.weight_at(step / self.max_steps),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,7 @@ class LossSettings:
     """The weights of the objective.
 
     mask_probability: share of the samples whose error is averaged over the foreground; the others take all pixels.
+    mask_warmup: fraction of the run at whose beginning every sample's error is averaged over the foreground.
     masked_mean: what divides the error inside the foreground: the "mask"'s area or the "picture"'s (FastComposer).
     min_snr_gamma: weight of a timestep by min(SNR, gamma) (arXiv 2303.09556); None: every timestep counts alike.
     """
@@ -70,6 +71,7 @@ class LossSettings:
     router: RouterLoss = RouterLoss()
     object: ObjectLoss = ObjectLoss()
     mask_probability: float = 1.0
+    mask_warmup: float = 0.0
     masked_mean: Literal["mask", "picture"] = "mask"
     min_snr_gamma: float | None = None
 
@@ -78,6 +80,12 @@ class LossSettings:
             raise ValueError(f"loss.masked_mean={self.masked_mean!r}: expected mask or picture")
         if not 0 <= self.mask_probability <= 1:
             raise ValueError(f"loss.mask_probability={self.mask_probability}: expected a probability from 0 to 1")
+        if not 0 <= self.mask_warmup <= 1:
+            raise ValueError(f"loss.mask_warmup={self.mask_warmup}: expected a fraction of the run from 0 to 1")
+
+    def at(self, progress: float) -> LossSettings:
+        """The settings after the fraction `progress` of the run."""
+        return replace(self, mask_probability=1.0) if progress < self.mask_warmup else self
 
     def weighted(self, terms: LossTerms, progress: float) -> Float[Tensor, " b"]:
         """Each sample's objective."""

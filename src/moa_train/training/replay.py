@@ -47,7 +47,7 @@ def make_again(module: MoAModule, batch: Batch, progress: float, precision: str)
     """Forward and backward passes of one micro-batch, on the device that `module` is on.
 
     Args:
-        progress: fraction of the run that was over, which the router loss's weight depends on.
+        progress: fraction of the run that was over, which the objective depends on.
         precision: Lightning's name of the number format.
     """
     module.setup("fit")
@@ -58,7 +58,7 @@ def make_again(module: MoAModule, batch: Batch, progress: float, precision: str)
             first += _not_finite("batch", batch)
             noised = module.noised(batch)
             first += _not_finite("noised", noised)
-            terms = _terms(module, batch)
+            terms = _terms(module, batch, progress)
         losses = module.loss.weighted(terms, progress)
         alone = [_alone(module, _only(batch, row), progress) for row in range(len(losses))]
     detached = LossTerms(terms.masked.detach(), terms.router.detach(), terms.object.detach())
@@ -67,11 +67,11 @@ def make_again(module: MoAModule, batch: Batch, progress: float, precision: str)
     return Replayed(batch.sample.tolist(), noised.timesteps.tolist(), detached, losses.detach(), norms, first, word)
 
 
-def _terms(module: MoAModule, batch: Batch) -> LossTerms:
+def _terms(module: MoAModule, batch: Batch, progress: float) -> LossTerms:
     """The losses of a training step."""
     noised = module.noised(batch)
     masks = Masks.of(batch, (noised.noisy.shape[-2], noised.noisy.shape[-1]))
-    return module.losses(batch, noised, module.conditioning(batch), masks, module.loss)[0]
+    return module.losses(batch, noised, module.conditioning(batch), masks, module.loss.at(progress))[0]
 
 
 def _only(batch: Batch, row: int) -> Batch:
@@ -82,7 +82,7 @@ def _only(batch: Batch, row: int) -> Batch:
 
 def _alone(module: MoAModule, batch: Batch, progress: float) -> tuple[Float[Tensor, ""], str | None]:
     """Norm of the gradient of one sample; torch's word on the first NaN where its loss is finite and this is not."""
-    loss = module.loss.weighted(_terms(module, batch), progress)[0]
+    loss = module.loss.weighted(_terms(module, batch, progress), progress)[0]
     parameters = list(module.trained_parameters().values())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     norm = torch.nn.utils.get_total_norm([each for each in gradients if each is not None]).to(loss.device)
@@ -91,7 +91,7 @@ def _alone(module: MoAModule, batch: Batch, progress: float) -> tuple[Float[Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that anomaly detection is slow, and the trace of the forward pass
         with torch.autograd.detect_anomaly(check_nan=True):
-            loss = module.loss.weighted(_terms(module, batch), progress)[0]
+            loss = module.loss.weighted(_terms(module, batch, progress), progress)[0]
             try:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
             except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The attention of baselines whose one expert reads the multimodal prompt: no prior branch and no router."""
+"""Attention whose one expert reads the multimodal prompt: of baselines, and of MoA's layers that only read it."""
 
 from __future__ import annotations
 
