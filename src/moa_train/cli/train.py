@@ -47,6 +47,7 @@ Loggers     (logger=):      {logger}
   name=NAME run_dir=FOLDER    where the run goes: runs/NAME/TIME unless run_dir is given
   ckpt=last | auto | PATH     resume, bit for bit; auto: resume if there is a checkpoint (for jobs that are requeued)
   callbacks.checkpoint.every_n_steps=500            and .keep=3, .asynchronous=true (training goes on meanwhile)
+  evaluate={people:8}         at the end, export and let moa-eval measure (its settings; {}: as they are): evaluation/
   replay=FILE                 makes a step again whose loss or gradient was not finite (runs/.../nonfinite/step=N.json)
   init=FILE                   start from exported weights (toy: the file in this package) instead of the prior's copy
   seed=0                      the same seed gives the same run; deterministic=true: to the bit
@@ -76,9 +77,12 @@ def run(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning.utilities import rank_zero_only
 
+    from moa_train.cli.measure import evaluation_settings, measure
     from moa_train.cli.runs import logged_to, open_run, tell_ranks
     from moa_train.training.resume import check_resumable
 
+    if cfg.evaluate is not None:
+        evaluation_settings(cfg)
     if cfg.dry_run:
         _plan(cfg)
         return
@@ -100,6 +104,8 @@ def run(cfg: DictConfig) -> None:
         if trainer.world_size > 1:
             tell_ranks(chosen.folder)
         _fit(trainer, module, datamodule, chosen)
+        if cfg.evaluate is not None and trainer.is_global_zero:
+            measure(cfg, chosen.folder)
 
 
 def _plan(cfg: DictConfig) -> None:

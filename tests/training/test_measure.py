@@ -1,0 +1,35 @@
+"""A run that measures itself at its end."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from moa_train.checkpoint import load_personalized
+from moa_train.cli.schema import ArgumentError
+
+# diffusers' UniPC, with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+QUICK = "evaluate={people:4,contexts:1,steps:1,split:validation}"
+
+
+def test_a_run_exports_and_measures_what_it_trained(world, tmp_path, capsys):
+    run = world.train(tmp_path / "run", "max_steps=1", QUICK)
+    assert load_personalized(run / "personalized.safetensors")[1]["step"] == 1
+    numbers = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert (numbers["protocol"]["split"], numbers["n"]["people"]) == ("validation", 4)
+    used = OmegaConf.load(run / "evaluation" / "eval.yaml")
+    assert used.weights == str(run / "personalized.safetensors")
+    assert used.prior.source == str(world.folder / "prior")
+    assert "Is it the person of the photo?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("{peeple:4}", "peeple"), ("{people:many}", "expects an integer"), ("true", "evaluate is True")],
+)
+def test_a_mistake_in_its_settings_is_told_before_anything_is_trained(world, tmp_path, given, message):
+    with pytest.raises(ArgumentError, match=message):
+        world.train(tmp_path / "run", "max_steps=1", f"evaluate={given}")
+    assert not (tmp_path / "run").exists()
