@@ -205,10 +205,13 @@ def test_eval_measures_and_reports(world, tmp_path, capsys):
     numbers = json.loads((tmp_path / "metrics.json").read_text())
     assert {"routing_iou", "identity", "context_difference", "context_accuracy", "seconds"} <= numbers.keys()
     assert numbers["identity"].keys() == {"moa", "prior", "wrong_subject", "real"}
-    assert numbers["context_difference"].keys() == {"moa", "other_seed"}
+    assert numbers["context_difference"].keys() == numbers["context_ssim"].keys()
+    assert numbers["context_difference"].keys() == {"moa", "other_subject", "other_seed"}
+    assert numbers["rank1"].keys() == {"moa", "prior", "real", "chance"}
     assert numbers["n"] == {"people": 4, "pictures": 8}
     # MoA before training is the prior.
     assert numbers["context_difference"]["moa"] == pytest.approx(0.0, abs=1e-4)
+    assert numbers["context_ssim"]["moa"] == pytest.approx(1.0, abs=1e-3)
     assert {path.name for path in tmp_path.iterdir()} == {
         "metrics.json", "report.md", "samples.png", "routing.png", "eval.yaml"
     }  # fmt: skip

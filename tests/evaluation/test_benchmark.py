@@ -12,6 +12,7 @@ from moa_train.data.sources.toyworld import CONTEXTS, IDENTITY_DIM, NOUNS
 from moa_train.evaluation import benchmark
 from moa_train.evaluation.gallery import Gallery, ToyProtocol, held_out_people
 from moa_train.evaluation.report import markdown, routing_figure, samples_figure, table, write_report
+from moa_train.evaluation.seen import look
 from moa_train.inference.pictures import Picture
 from moa_train.prior.probe import Probe
 
@@ -72,7 +73,7 @@ def gallery():
 def numbers(gallery):
     patch = pytest.MonkeyPatch()
     patch.setattr(benchmark, "_real_scenes", lambda gallery: benchmark._pixels(gallery.moa))
-    measured = benchmark.measure(gallery, Oracle(gallery.people), PROTOCOL.margin)
+    measured = benchmark.measure(gallery, Oracle(gallery.people), PROTOCOL)
     patch.undo()
     return {
         **measured,
@@ -140,7 +141,7 @@ def test_diversity_is_the_difference_between_seeds(gallery, numbers):
 
 
 def test_nobody_found_counts_as_cosine_zero(gallery):
-    seen = benchmark.look(Oracle(gallery.people), torch.zeros(1, 3, 64, 64))
+    seen = look(Oracle(gallery.people), torch.zeros(1, 3, 64, 64))
     assert not seen.people.any()
     assert (seen.vectors == 0).all()
 
@@ -170,7 +171,7 @@ def test_a_method_without_a_router_is_measured_and_reported_under_its_name_witho
     for place, picture_ in np.ndenumerate(moa):
         moa[place] = replace(picture_, steps=None)
     unrouted = replace(gallery, moa=moa)
-    measured = benchmark.measure(unrouted, Oracle(gallery.people), PROTOCOL.margin)
+    measured = benchmark.measure(unrouted, Oracle(gallery.people), PROTOCOL)
     assert "routing_iou" not in measured
     assert measured["context_difference"] == numbers["context_difference"]
     write_report(
@@ -193,7 +194,7 @@ def test_the_figure_has_a_row_for_each_prior_and_person(gallery):
 
 @pytest.mark.parametrize(
     "wrong", [{"people": 5}, {"people": 2}, {"contexts": 0}, {"contexts": 9}, {"seeds": (1,)}, {"seeds": (1, 1)},
-              {"reference": "drawing"}, {"split": "train"}],
+              {"lineup": 11}, {"reference": "drawing"}, {"split": "train"}],
 )  # fmt: skip
 def test_a_protocol_that_compares_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -27,6 +27,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   people=8 contexts=8 seeds=[0,1]    how much is generated: people x contexts x seeds pictures
   steps=25 guidance=3      of the sampler
   split=validation         people to choose settings on; test, the default, is for the figures that you report
+  lineup=100               identities of the split among which the person of a picture is sought (rank 1, rank 5)
   reference=scene          the photo of a person: scene (somewhere else) or portrait
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
@@ -60,7 +61,7 @@ def run(cfg: DictConfig) -> None:
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     if settings["benchmark"] != "toy":
         raise ValueError(f"there is no benchmark {settings['benchmark']}; expected toy")
-    keys = ("people", "contexts", "reference", "split", "margin", "steps", "guidance", "batch_size")
+    keys = ("people", "contexts", "reference", "split", "margin", "lineup", "steps", "guidance", "batch_size")
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, SPLITS, Identity, draw_portrait, draw_scene, identity
 from moa_train.inference.pictures import generate
@@ -22,7 +26,8 @@ class ToyProtocol:
     people: held-out people, half of each noun (even). split: where from; "validation" to choose settings on, "test" to
     report. contexts: how many of the eight. seeds: of the sampler's noise, the same for everyone.
     reference: the photo of a subject, a "scene" in another place or a "portrait". margin: pixels around people that do
-    not count as context. steps, guidance, batch_size: of the sampler.
+    not count as context. lineup: identities among which the person is sought, those shown and others of the split.
+    steps, guidance, batch_size: of the sampler.
     """
 
     people: int = 12
@@ -31,6 +36,7 @@ class ToyProtocol:
     reference: str = "scene"
     split: str = "test"
     margin: int = 3
+    lineup: int = 100
     steps: int = 25
     guidance: float = 3.0
     batch_size: int = 16
@@ -40,6 +46,11 @@ class ToyProtocol:
         if self.people < 4 or self.people % 2:
             raise ValueError(
                 f"people is {self.people}; expected 4, 6, 8 ...: each is compared with another of its noun"
+            )
+        if self.lineup < max(self.people, 6):
+            raise ValueError(
+                f"lineup is {self.lineup}; expected at least {max(self.people, 6)}: the {self.people} people shown are "
+                "sought in it, and rank 5 needs more than five"
             )
         if not 1 <= self.contexts <= len(CONTEXTS):
             raise ValueError(f"contexts is {self.contexts}; expected 1 to {len(CONTEXTS)}")
@@ -87,6 +98,14 @@ def held_out_people(protocol: ToyProtocol) -> tuple[Person, ...]:
                 found += 1
             number += 1
     return tuple(chosen)
+
+
+def lineup(people: tuple[Person, ...], protocol: ToyProtocol) -> Float[Tensor, "n i"]:
+    """Identity vectors of the people shown, in their order, and of the split's first others: `protocol.lineup` rows."""
+    shown = [who.identity for who in people]
+    others = (who for who in (identity(protocol.split, number) for number in count()) if who not in shown)
+    vectors = [who.vector() for who in [*shown, *islice(others, protocol.lineup - len(shown))]]
+    return torch.from_numpy(np.stack(vectors))
 
 
 def _with_photo(who: Identity, reference: str, number: int) -> Person:

@@ -14,6 +14,15 @@ from moa_train.data.sources.toyworld import NOUNS
 from moa_train.evaluation.gallery import Gallery
 from moa_train.inference.pictures import ROUTING_COLUMNS, contact_sheet, routing_row, save_png, text_tile
 
+
+def _context(measure: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("MoA against the prior, same seed", f"{measure}.moa"),
+        ("MoA against MoA with another subject", f"{measure}.other_subject"),
+        ("the prior against itself, other seed (scale)", f"{measure}.other_seed"),
+    )
+
+
 _TABLE = (
     ("Is it the person of the photo?", "cosine of identity vectors, higher is better", (
         ("MoA, the person whose photo was given", "identity.moa"),
@@ -21,10 +30,22 @@ _TABLE = (
         ("the prior (sees no photo)", "identity.prior"),
         ("real scenes of the person (ceiling)", "identity.real"),
     )),
-    ("Did the context stay?", "mean squared difference outside people, lower is better", (
-        ("MoA against the prior, same seed", "context_difference.moa"),
-        ("the prior against itself, other seed (scale)", "context_difference.other_seed"),
+    ("Is it the first of the line-up?", "share of pictures whose nearest identity is the person's", (
+        ("MoA", "rank1.moa"),
+        ("the prior (sees no photo)", "rank1.prior"),
+        ("real scenes of the person (ceiling)", "rank1.real"),
+        ("chance", "rank1.chance"),
     )),
+    ("Is it among the first five?", "share of pictures", (
+        ("MoA", "rank5.moa"),
+        ("the prior (sees no photo)", "rank5.prior"),
+        ("real scenes of the person (ceiling)", "rank5.real"),
+        ("chance", "rank5.chance"),
+    )),
+    ("Did the context stay?", "mean squared difference outside people, lower is better",
+     _context("context_difference")),
+    ("The same by structure", "SSIM outside people, higher is better", _context("context_ssim")),
+    ("The same by features", "1 - cosine outside people, lower is better", _context("context_features")),
     ("Is it the place of the prompt?", "share of pictures that a classifier gets right", (
         ("MoA", "context_accuracy.moa"),
         ("the prior", "context_accuracy.prior"),
@@ -36,6 +57,16 @@ _TABLE = (
     ("Do seeds still differ?", "mean squared difference between seeds", (
         ("MoA", "diversity.moa"),
         ("the prior", "diversity.prior"),
+    )),
+    ("Do places still differ?", "distance of the person's centre between seeds, in picture sides", (
+        ("MoA", "position_spread.moa"),
+        ("the prior", "position_spread.prior"),
+        ("real scenes", "position_spread.real"),
+    )),
+    ("Do sizes still differ?", "difference of the root of the person's share of the picture between seeds", (
+        ("MoA", "size_spread.moa"),
+        ("the prior", "size_spread.prior"),
+        ("real scenes", "size_spread.real"),
     )),
     ("Is there a person at all?", "share of pictures", (
         ("MoA", "person_found.moa"),

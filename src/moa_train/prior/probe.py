@@ -62,13 +62,19 @@ class SceneNet(nn.Module):
         self.person = nn.Conv2d(width, 1, 1)
         self.context = nn.Linear(4 * width, contexts)
 
-    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b h w"]]:
-        """Context logits and person logits of pictures with values in [0, 1]."""
-        hidden, skips = 2.0 * pictures - 1.0, []
+    def encode(self, pictures: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """Features at each resolution, the finest first, of pictures with values in [0, 1]."""
+        hidden, levels = 2.0 * pictures - 1.0, []
         for block in self.down:
             hidden = block(hidden)
-            skips.append(hidden)
-        context = self.context(skips.pop().mean(dim=(2, 3)))
+            levels.append(hidden)
+        return levels
+
+    def forward(self, pictures: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b h w"]]:
+        """Context logits and person logits of pictures with values in [0, 1]."""
+        skips = self.encode(pictures)
+        hidden = skips.pop()
+        context = self.context(hidden.mean(dim=(2, 3)))
         for block in self.up:
             hidden = torch.cat([functional.interpolate(hidden, scale_factor=2.0), skips.pop()], dim=1)
             hidden = block(hidden)
@@ -92,12 +98,17 @@ class Probe(nn.Module):
     @torch.no_grad()
     def context(self, pictures: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b c"]:
         """Context logits, in the order of `contexts`."""
-        return self.scene_net(pictures)[0]
+        return self.scene_net.context(self.scene_net.encode(pictures)[-1].mean(dim=(2, 3)))
 
     @torch.no_grad()
     def person(self, pictures: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b 64 64"]:
         """Probability that a pixel belongs to a person."""
         return self.scene_net(pictures)[1].sigmoid()
+
+    @torch.no_grad()
+    def scene_features(self, pictures: Float[Tensor, "b 3 64 64"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """What the network of places sees at 64, 32, 16 and 8 pixels; the mean of the last tells the context."""
+        return self.scene_net.encode(pictures)
 
 
 def crop_people(pictures: Float[Tensor, "b 3 h w"], masks: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 64 64"]:
