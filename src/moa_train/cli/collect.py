@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from moa_train.cli.compare import compared
 from moa_train.cli.trials import FINISHED, Record, read_record
 from moa_train.training.rows import last_values
 
@@ -20,6 +21,11 @@ _BELOW = ("*", "*/*", "*/*/*")  # the runs of a sweep, of an experiment, of all
 _SEED = "seed"
 _SHOWN = ("val/identity_gap", "val/masked", "val/routing_inside", "val/routing_outside", "train/loss")
 """What a table for people shows of a run's metrics; the CSV file has them all."""
+_SHOWN_EVALUATED = (
+    "identity.moa", "identity.wrong_subject", "rank1.moa", "context_difference.moa", "context_accuracy.moa",
+    "routing_iou",
+)  # fmt: skip
+"""And of evaluations."""
 _PLACES = {"run_dir", "run_id", "runs", "ckpt", "group"}
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
@@ -173,7 +179,7 @@ def write_tables(runs: Sequence[RunRow], out: Path) -> tuple[Path, Path]:
             numbers = [run.metrics.get(name, "") for name in names]
             seconds = "" if run.seconds is None else run.seconds
             writer.writerow([run.folder, *run.settings.values(), run.status, run.step, seconds, *numbers, run.error])
-    page.write_text("\n".join(_page(runs)))
+    page.write_text("\n".join([*_page(runs), *compared(runs, out)]))
     return table, page
 
 
@@ -225,10 +231,10 @@ def _cell(group: SeedGroup, name: str) -> str:
 
 
 def _shown(names: Iterable[str]) -> list[str]:
-    """The training's own few, and of evaluations all but the ends of intervals."""
+    """The training's own few, and those of evaluations."""
     known = set(names)
-    evaluated = sorted(name for name in known if not name.startswith(("train/", "val/")) and "intervals." not in name)
-    return [name for name in _SHOWN if name in known] + [name for name in evaluated if name != "router_starved"]
+    evaluated = [name for end in _SHOWN_EVALUATED for name in sorted(known) if name.rpartition("/")[2] == end]
+    return [name for name in _SHOWN if name in known] + evaluated
 
 
 def _markdown(heading: list[str], rows: list[list[str]]) -> Iterator[str]:

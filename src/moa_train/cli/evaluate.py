@@ -35,7 +35,8 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   moa-eval collect=runs/moa/2026-01-31_12-00-00    gathers a sweep, or any folder of runs, into one table: settings that
                            differ, last validation, evaluations that lie in the runs' folders; means over seeds
 
-Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png and eval.yaml into `out`.
+Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png, pictures/ (each by itself) and
+eval.yaml into `out`.
 The weights of a baseline (FastComposer, IP-Adapter) are measured the same way; it has no router, so no routing.png.
 Every setting with its meaning: configs/eval.yaml
 """
@@ -52,6 +53,7 @@ def run(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from moa_train.evaluation.benchmark import run_toy
+    from moa_train.evaluation.comparison import save_pictures
     from moa_train.evaluation.gallery import ToyProtocol
     from moa_train.evaluation.report import plain, write_report
     from moa_train.inference.device import device_and_dtype
@@ -70,6 +72,7 @@ def run(cfg: DictConfig) -> None:
     gallery, numbers = run_toy(pipe, probe, protocol)
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
+    save_pictures(out, gallery)
     OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
     print(plain(numbers))
     print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 LAST, AUTO = "last", "auto"
+CONFIG = "config.yaml"
 _CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _AGREED = "MOA_TRAIN_RUN_DIR"
 """Environment variable by which ranks that Lightning starts learn the first rank's folder."""
@@ -104,6 +106,25 @@ _NOISE = (
     "Experiment logs directory",  # metrics.csv and TensorBoard go on in the run's folder
 )
 """Warnings of libraries about what is meant to be so."""
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    """Write config.yaml into a run's folder, below the commands that the run was begun and continued with."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    path = folder / CONFIG
+    commands = [f"# {line}" for line in commands_of(folder)]
+    if HydraConfig.initialized() and (given := list(HydraConfig.get().overrides.task)):
+        commands.append(f"# moa-train {shlex.join(given)}")
+    path.write_text("\n".join([*commands, OmegaConf.to_yaml(cfg, resolve=True)]))
+
+
+def commands_of(folder: Path) -> list[str]:
+    """The commands above a run's config.yaml, in order; none where there is none."""
+    path = folder / CONFIG
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [line.removeprefix("# ") for line in lines if line.startswith("# moa-train ")]
 
 
 @contextmanager

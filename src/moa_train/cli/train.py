@@ -74,11 +74,10 @@ def run(cfg: DictConfig) -> None:
         replay(cfg)
         return
     import pytorch_lightning as pl
-    from omegaconf import OmegaConf
     from pytorch_lightning.utilities import rank_zero_only
 
     from moa_train.cli.measure import evaluation_settings, measure
-    from moa_train.cli.runs import logged_to, open_run, tell_ranks
+    from moa_train.cli.runs import logged_to, open_run, save_config, tell_ranks
     from moa_train.training.resume import check_resumable
 
     if cfg.evaluate is not None:
@@ -93,7 +92,7 @@ def run(cfg: DictConfig) -> None:
     first = rank == 0
     with logged_to(chosen.folder / ("train.log" if first else f"train.rank{rank}.log")):
         if first:
-            OmegaConf.save(cfg, chosen.folder / "config.yaml", resolve=True)
+            save_config(cfg, chosen.folder)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         prior, module = build_module(cfg)
         datamodule = build_data(cfg, prior)

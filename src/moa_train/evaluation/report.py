@@ -75,13 +75,19 @@ _TABLE = (
 )  # fmt: skip
 
 
-def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
+def table(numbers: Mapping[str, Any], title: str | None = None) -> list[tuple[str, str, str, float, float, float]]:
     """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval.
 
-    What was not measured (routing, of a method without a router) has no row.
+    What was not measured (routing, of a method without a router) has no row. title: the method's name in the rows.
     """
     return [
-        (question, measure, whose.replace("MoA", _title(numbers)), _value(numbers, name), *numbers["intervals"][name])
+        (
+            question,
+            measure,
+            whose.replace("MoA", title or _title(numbers)),
+            _value(numbers, name),
+            *_interval(numbers, name),
+        )
         for question, measure, lines in _TABLE
         for whose, name in lines
         if name in numbers["intervals"]
@@ -187,3 +193,8 @@ def _value(numbers: Mapping[str, Any], name: str) -> float:
     for key in name.split("."):
         value = value[key]
     return float(value)
+
+
+def _interval(numbers: Mapping[str, Any], name: str) -> tuple[float, float]:
+    low, high = numbers["intervals"][name]
+    return low, high

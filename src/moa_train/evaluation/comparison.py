@@ -1,0 +1,121 @@
+"""Several evaluations side by side: the same person, place and seed by each method, numbers with intervals, curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from moa_train.data.sources.toyworld import NOUNS
+from moa_train.evaluation.gallery import Gallery
+from moa_train.evaluation.report import table
+from moa_train.inference.pictures import contact_sheet, text_tile
+
+PICTURES, GRID = "pictures", "grid.json"
+"""Folder of an evaluation with every picture of it by itself, and in it what the numbers in their names stand for."""
+
+_CURVES = {
+    "identity gap, held-out people": "val/identity_gap",
+    "masked loss, held-out people": "val/masked",
+    "R_0 inside the subject": "val/routing_inside",
+    "R_0 outside the subject": "val/routing_outside",
+}
+
+
+def save_pictures(out: Path, gallery: Gallery) -> None:
+    """Write photo-PERSON.png, PERSON-CONTEXT-SEED.png and prior-NOUN-CONTEXT-SEED.png into `out`/pictures."""
+    folder = out / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, person in enumerate(gallery.people):
+        Image.fromarray(person.photo).save(folder / f"photo-{number}.png")
+    for prefix, pictures in (("", gallery.moa), ("prior-", gallery.prior)):
+        for (subject, context, seed), picture in _enumerated(pictures):
+            picture.image.save(folder / f"{prefix}{subject}-{context}-{seed}.png")
+    seeds = [picture.seed for picture in gallery.moa[0, 0]]
+    people = [person.identity.noun for person in gallery.people]
+    (folder / GRID).write_text(json.dumps({"people": people, "contexts": gallery.contexts, "seeds": seeds}) + "\n")
+
+
+def _enumerated(pictures: Any) -> Iterator[tuple[tuple[int, int, int], Any]]:
+    for subject, of_subject in enumerate(pictures):
+        for context, of_context in enumerate(of_subject):
+            for seed, picture in enumerate(of_context):
+                yield (subject, context, seed), picture
+
+
+def comparable(evaluations: Mapping[str, Path]) -> dict[str, Path]:
+    """Those whose pictures show the same people, places and seeds as the first one's; by title, the folder."""
+    grids = {title: folder / PICTURES / GRID for title, folder in evaluations.items()}
+    texts = {title: path.read_text() for title, path in grids.items() if path.is_file()}
+    first = next(iter(texts.values()), None)
+    return {title: evaluations[title] for title, text in texts.items() if text == first}
+
+
+def comparison_figure(evaluations: Mapping[str, Path], people: int = 4, places: int = 6, side: int = 96) -> Image.Image:
+    """For some people, a row of the prior's pictures and below it one row a method: columns are places at one seed.
+
+    Args:
+        evaluations: what `comparable` gave.
+    """
+    folders = {title: folder / PICTURES for title, folder in evaluations.items()}
+    grid = json.loads((next(iter(folders.values())) / GRID).read_text())
+    contexts, nouns, first = grid["contexts"][:places], grid["people"], next(iter(folders.values()))
+    count = min(people, len(nouns))
+    rows: list[list[Image.Image]] = []
+    for number in (each * len(nouns) // count for each in range(count)):
+        alone = [first / f"prior-{NOUNS.index(nouns[number])}-{place}-0.png" for place in range(len(contexts))]
+        photo = Image.open(first / f"photo-{number}.png")
+        rows.append([text_tile(f"the prior:\n'a {nouns[number]}'", side), photo, *map(Image.open, alone)])
+        for title, folder in folders.items():
+            own = [Image.open(folder / f"{number}-{place}-0.png") for place in range(len(contexts))]
+            rows.append([text_tile(_broken(title), side), text_tile("", side), *own])
+    return contact_sheet(rows, ("", "photo given", *contexts), side)
+
+
+def _broken(title: str, width: int = 14) -> str:
+    """A title in lines that fit a tile."""
+    from textwrap import fill
+
+    return fill(title.replace("_", " "), width)
+
+
+def numbers_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown: a row a measure, a column an evaluation (its metrics.json): mean and 95 % interval."""
+    found = {
+        title: {row[:3]: row[3:] for row in table(numbers, "the method")} for title, numbers in evaluations.items()
+    }
+    rows = dict.fromkeys(key for values in found.values() for key in values)
+    yield f"| | | {' | '.join(found)} |"
+    yield f"|---|---|{'---|' * len(found)}"
+    asked = None
+    for key in rows:
+        question, measure, whose = key
+        if question != asked:
+            yield f"| **{question}** | {measure} |{' |' * len(found)}"
+        asked = question
+        cells = ["{:.3g} [{:.3g}, {:.3g}]".format(*values[key]) if key in values else "" for values in found.values()]
+        yield f"| | {whose} | {' | '.join(cells)} |"
+
+
+def curves_figure(curves: Mapping[str, list[dict[str, str]]], path: Path) -> None:
+    """Draw the validation curves of runs (title -> rows of its metrics.csv) into one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(_CURVES), figsize=(4.2 * len(_CURVES), 3.2), constrained_layout=True)
+    for axis, (title, name) in zip(axes, _CURVES.items(), strict=True):
+        for run, rows in curves.items():
+            points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run)
+        axis.set(title=title, xlabel="step")
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    pyplot.close(figure)
