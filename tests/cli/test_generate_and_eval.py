@@ -213,8 +213,9 @@ def test_eval_measures_and_reports(world, tmp_path, capsys):
     assert numbers["context_difference"]["moa"] == pytest.approx(0.0, abs=1e-4)
     assert numbers["context_ssim"]["moa"] == pytest.approx(1.0, abs=1e-3)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "metrics.json", "report.md", "samples.png", "routing.png", "eval.yaml"
+        "metrics.json", "report.md", "samples.png", "routing.png", "eval.yaml", "pictures"
     }  # fmt: skip
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4 + 4 * 2 + 2 * 2  # photos, MoA's, the prior's
     assert "Did the context stay?" in capsys.readouterr().out
 
 
