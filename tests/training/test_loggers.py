@@ -1,10 +1,13 @@
 """A logger that fails does not end a run: no server, a full disk; `metrics.csv` is whole."""
 
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -37,6 +40,63 @@ def test_without_wandbs_server_the_run_goes_on_offline_and_says_so_once(world, t
     warnings = train(world, tmp_path / "run", *settings, **closed)
     assert len([line for line in warnings if "wandb cannot be reached" in line]) == 1
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.stat().st_size > 0
+
+
+class WandbServer:
+    """Answers as much of wandb's protocol as a run needs to begin, then hangs up on everybody."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if outer.begun.is_set():
+                    self.close_connection = True
+                    return  # no answer
+                answer = json.dumps({"data": outer.answer(body.decode(errors="replace"))}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+                if b"mutation UpsertBucket" in body:
+                    outer.begun.set()
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def answer(query):
+        entity = {"id": "e", "name": "me"}
+        bucket = {"id": "r", "name": "r", "config": "{}", "project": {"id": "p", "name": "p", "entity": entity}}
+        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        return {"viewer": viewer} if "viewer" in query else {"upsertBucket": {"bucket": bucket, "inserted": True}}
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.slow
+def test_when_wandbs_server_dies_during_a_run_the_run_goes_on_and_ends(world, tmp_path):
+    server = WandbServer()
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    try:
+        settings = ("logger=wandb", "logger.wandb.offline=false", "logger.wandb.finish_timeout=2.0")
+        warnings = train(world, tmp_path / "run", *settings, **online)
+    finally:
+        server.close()
+    assert server.begun.is_set()  # the run had begun online
+    assert not [line for line in warnings if "cannot be reached" in line]
+    (kept,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
     assert kept.stat().st_size > 0
 
 

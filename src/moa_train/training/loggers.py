@@ -15,8 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 logger = logging.getLogger(__name__)
 
 _INIT_SECONDS = 30.0
-_FINISH_SECONDS = 60.0
-"""How long wandb's server is waited for at the beginning and at the end of a run."""
+"""How long wandb's server is waited for at the beginning of a run."""
 
 
 class _Forgiving:
@@ -35,12 +34,15 @@ class _Forgiving:
 
 
 class Wandb(_Forgiving, loggers.WandbLogger):
-    """Weights & Biases. Without its server the run goes on offline, without room on the disk without it."""
+    """Weights & Biases. Without its server the run goes on offline, without room on the disk without it.
 
-    def __init__(self, offline: bool = True, **settings: Any) -> None:
+    finish_timeout: how long its server is waited for at the end of a run, in seconds.
+    """
+
+    def __init__(self, offline: bool = True, finish_timeout: float = 60.0, **settings: Any) -> None:
         import wandb
 
-        bounds = {"init_timeout": _INIT_SECONDS, "login_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS}
+        bounds = {"init_timeout": _INIT_SECONDS, "login_timeout": _INIT_SECONDS, "finish_timeout": finish_timeout}
         known = {name: value for name, value in bounds.items() if name in getattr(wandb.Settings, "model_fields", {})}
         super().__init__(offline=offline, settings=wandb.Settings(**known), **settings)
 
