@@ -28,7 +28,7 @@ def save_prior(folder: Path, seed: int = 0, prediction_type: str = "epsilon") ->
     DDIMScheduler(
         steps_offset=1, clip_sample=False, beta_schedule="scaled_linear", prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
-    _save_image_encoder(folder / "image_encoder")
+    save_open_clip(folder / "image_encoder")
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -99,10 +99,10 @@ def _letters_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def _save_image_encoder(folder: Path) -> None:
-    """An open_clip model of one vision block, in the layout that `local-dir:` reads."""
+def save_open_clip(folder: Path, vocabulary: int = 16, length: int = 8) -> Path:
+    """An open_clip model of one block a tower, in `local-dir:`'s layout; CLIP's own vocabulary has 49408."""
     vision = {"image_size": IMAGE_SIZE, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4}
-    text = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
+    text = {"context_length": length, "vocab_size": vocabulary, "width": 8, "heads": 1, "layers": 1}
     config = {"embed_dim": IMAGE_DIM, "vision_cfg": vision, "text_cfg": text}
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,7 @@ def _save_image_encoder(folder: Path) -> None:
     save_file(
         {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
+    return folder
 
 
 def _sample(split: str, number: int) -> Sample:

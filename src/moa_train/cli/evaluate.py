@@ -19,7 +19,7 @@ Measure personalized weights: identity, context, routing, diversity.
   moa-eval weights=personalized.safetensors
   moa-eval weights=runs/demo/personalized.safetensors out=runs/demo people=24 seeds=[0,1,2,3]
 
-benchmark=toy (the only one so far) shows MoA one photo each of people that training never saw, lets it draw them in
+benchmark=toy (the default) shows MoA one photo each of people that training never saw, lets it draw them in
 eight contexts, and compares with the prior's pictures of equal prompts and seeds: some minutes on two CPU cores.
 
   weights=toy              what moa-export wrote; toy: the file in this package
@@ -32,13 +32,28 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
 
+benchmark=fastcomposer is FastComposer's evaluation for Stable Diffusion 1.x: photos of 15 subjects, 40 prompts, 4
+pictures each; CLIP says whether a picture shows its prompt, face vectors whether it shows the person. The same command
+goes on with a run that was stopped.
+
+  moa-eval benchmark=fastcomposer prior=sd15 weights=personalized.safetensors subjects=people out=outputs/fastcomposer
+
+  subjects=FOLDER          one photo a subject, with its mask (moa-data subjects writes such); people=15: how many
+  prompts=FILE             other templates; noun=person: of a photo whose caption and file name tell none
+  together=2               every pair of subjects in one picture, 21 prompts
+  subject_start=0.5        the first half of the steps without the subject; auto: so for FastComposer's weights alone
+  embedder=facenet embedder.weights=FILE     the faces' measure; openclip, the default, is a stand-in
+  clip.model=ViT-L-14-quickgelu clip.pretrained=openai     a tag, a file; or clip.model=FOLDER clip.pretrained=null
+  without_photo=false      do not draw each prompt without a photo, too
+  steps=50 guidance=5 seeds=[42,43,44,45] size=[512,512] batch_size=4    of the sampler
+
   moa-eval collect=runs/moa/2026-01-31_12-00-00    gathers a sweep, or any folder of runs, into one table: settings that
                            differ, last validation, evaluations that lie in the runs' folders; means over seeds
 
 Writes metrics.json, report.md (a table that explains itself), samples.png, routing.png, pictures/ (each by itself) and
 eval.yaml into `out`.
 The weights of a baseline (FastComposer, IP-Adapter) are measured the same way; it has no router, so no routing.png.
-Every setting with its meaning: configs/eval.yaml
+Every setting with its meaning: configs/eval.yaml and configs/benchmark; more on photos: docs/evaluation_photos.md
 """
 
 
@@ -49,6 +64,11 @@ def run(cfg: DictConfig) -> None:
 
         if not report(Path(cfg.collect)):
             raise ValueError(f"collect={cfg.collect}: there is no run (a folder with config.yaml) in it")
+        return
+    if cfg.benchmark == "fastcomposer":
+        from moa_train.cli import evaluate_photos
+
+        evaluate_photos.run(cfg)
         return
     from omegaconf import OmegaConf
 
@@ -61,8 +81,6 @@ def run(cfg: DictConfig) -> None:
     from moa_train.prior.probe import load_probe
 
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    if settings["benchmark"] != "toy":
-        raise ValueError(f"there is no benchmark {settings['benchmark']}; expected toy")
     keys = ("people", "contexts", "reference", "split", "margin", "lineup", "steps", "guidance", "batch_size")
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])

@@ -161,12 +161,16 @@ def build_image_encoder(name: str, pretrained: str | None = None, trainable_laye
     Raises:
         ValueError: an unknown name, or weights that cannot be loaded.
     """
+    model, source = load_open_clip(name, pretrained)
+    return ImageEncoder(model.visual, trainable_layers, open_clip.get_model_config(source))
+
+
+def load_open_clip(name: str, pretrained: str | None = None) -> tuple[Any, str]:
+    """An open_clip model, both towers, and what open_clip calls it; arguments and errors of `build_image_encoder`."""
     folder = Path(str(files("moa_train") / "assets" / "toy_prior" / "image_encoder")) if name == TOY else Path(name)
     source = f"local-dir:{folder}" if folder.is_dir() else name
     try:
-        model = open_clip.create_model(source, pretrained=pretrained, weights_only=True)
-        architecture = open_clip.get_model_config(source)
+        return open_clip.create_model(source, pretrained=pretrained, weights_only=True), source
     except (RuntimeError, OSError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"image encoder {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
-    return ImageEncoder(model.visual, trainable_layers, architecture)
+        raise ValueError(f"open_clip model {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error

@@ -71,7 +71,7 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
     if gallery.routed:
         routing = torch.stack([picture.routing for picture in gallery.moa.flat])
         values["routing_iou"] = metrics.routing_iou(routing, moa.people)
-    return _summary(values, rows.person.tolist())
+    return summarise(values, rows.person.tolist())
 
 
 def run_toy(pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol) -> tuple[Gallery, dict[str, Any]]:
@@ -150,7 +150,7 @@ def _diversity(rows: Rows, moa: Seen, prior: Seen, real: Seen, gallery: Gallery)
     return values
 
 
-def _summary(values: dict[str, Tensor], people: list[int]) -> dict[str, Any]:
+def summarise(values: dict[str, Tensor], people: list[int]) -> dict[str, Any]:
     """Means under nested keys ("identity.moa" -> identity: {moa: ...}), `intervals` under flat ones, and `n`.
 
     Rows that are NaN were not measured (no person was found) and do not count; what no row has measured is left out.

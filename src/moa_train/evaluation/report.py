@@ -84,7 +84,7 @@ def table(numbers: Mapping[str, Any], title: str | None = None) -> list[tuple[st
         (
             question,
             measure,
-            whose.replace("MoA", title or _title(numbers)),
+            whose.replace("MoA", title or method_title(numbers)),
             _value(numbers, name),
             *_interval(numbers, name),
         )
@@ -108,11 +108,11 @@ def plain(numbers: Mapping[str, Any]) -> str:
 
 def markdown(numbers: Mapping[str, Any]) -> str:
     """The whole report as Markdown; it shows the figures beside it."""
-    lines = [f"# {_title(numbers)} on the toy world", ""]
+    lines = [f"# {method_title(numbers)} on the toy world", ""]
     protocol, n = numbers["protocol"], numbers["n"]
     lines += [
         f"{n['people']} {protocol['split']} people that training never saw, {protocol['contexts']} contexts, "
-        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with {_title(numbers)} ({protocol['steps']} steps, "
+        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with {method_title(numbers)} ({protocol['steps']} steps, "
         f"guidance {protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
         f"{numbers['seconds']:g} s.",
         "",
@@ -132,7 +132,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         "",
         "## Pictures",
         "Each column is one context and seed. The prior's own pictures, then one row a person: the photo, then "
-        f"{_title(numbers)}.",
+        f"{method_title(numbers)}.",
         "",
         "![samples](samples.png)",
         "",
@@ -182,7 +182,7 @@ def write_report(out: Path, gallery: Gallery, numbers: Mapping[str, Any]) -> Non
     atomic_write(out / "metrics.json", lambda path: path.write_text(data, encoding="utf-8"))
 
 
-def _title(numbers: Mapping[str, Any]) -> str:
+def method_title(numbers: Mapping[str, Any]) -> str:
     """The method's name as people write it."""
     names = {"moa": "MoA", "fastcomposer": "FastComposer", "ip_adapter": "IP-Adapter", "finetune": "Fine-tuning"}
     return names[numbers["method"]]
