@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import shlex
 import sys
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,6 +21,7 @@ from moa_train.baselines.finetune import FinetuneConfig
 from moa_train.baselines.ip_adapter import IPAdapterConfig
 from moa_train.checkpoint import export_personalized
 from moa_train.cli import evaluate
+from moa_train.cli.overrides import read_arguments
 from moa_train.cli.paths import config_dir
 from moa_train.evaluation.hub import model_card
 from moa_train.evaluation.photo_shots import PhotoProtocol, plan_shots
@@ -346,6 +349,14 @@ def test_a_photo_in_which_the_embedder_finds_no_face_is_named(world, tmp_path):
     with pytest.raises(ValueError, match="finds no face in the photo of a-man"):
         measure(world, tmp_path / "out", f"subjects={photos}", "embedder.crop=face")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_the_page_are_sound():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation_photos.md").read_text()
+    commands = re.findall(r"^ +moa-eval (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) > 3
+    for command in commands:
+        assert read_arguments(shlex.split(command), config_dir(), "eval")
 
 
 @pytest.mark.parametrize(
