@@ -35,7 +35,13 @@ _TABLE = (
 def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
     """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval."""
     return [
-        (question, measure, whose.format(method=method_title(numbers)), numbers[group][leaf], *numbers["intervals"][name])
+        (
+            question,
+            measure,
+            whose.format(method=method_title(numbers)),
+            numbers[group][leaf],
+            *numbers["intervals"][name],
+        )
         for question, measure, group, lines in _TABLE
         for whose, leaf in lines
         if (name := f"{group}.{leaf}") in numbers["intervals"]

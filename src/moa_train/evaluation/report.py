@@ -112,9 +112,9 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     protocol, n = numbers["protocol"], numbers["n"]
     lines += [
         f"{n['people']} {protocol['split']} people that training never saw, {protocol['contexts']} contexts, "
-        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with {method_title(numbers)} ({protocol['steps']} steps, "
-        f"guidance {protocol['guidance']:g}), each beside the prior's picture of the same prompt and seed. "
-        f"{numbers['seconds']:g} s.",
+        f"{len(protocol['seeds'])} seeds: {n['pictures']} pictures with {method_title(numbers)} "
+        f"({protocol['steps']} steps, guidance {protocol['guidance']:g}), each beside the prior's picture of the "
+        f"same prompt and seed. {numbers['seconds']:g} s.",
         "",
         "| | | mean | 95 % interval |",
         "|---|---|---|---|",
