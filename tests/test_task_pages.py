@@ -40,6 +40,19 @@ def test_the_pictures_of_a_page_were_made_by_its_command(page):
                 assert json.loads(value) == json.loads(given[name])
 
 
+def test_every_picture_of_moa_generate_names_the_prior_and_its_hashes():
+    told = []
+    for path in (ROOT / "docs" / "images").glob("*.png"):
+        with Image.open(path) as picture:
+            told.append(picture.info)
+    priors = [json.loads(info["prior"]) for info in told if "task" in info]
+    assert len(priors) >= 13
+    for prior in priors:
+        assert prior == priors[0]
+        assert prior["name"] == "toy"
+        assert len(prior["weights"]) == len(prior["config"]) == 16
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_names_is_there(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):

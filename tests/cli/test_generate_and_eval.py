@@ -186,6 +186,7 @@ def test_control_at_sampling_reaches_the_pipeline_and_the_facts(world, tmp_path)
         (["task=swap"], "marks 1 subjects and 0 were given"),
         (["task=morph"], "give two for each marker"),
         (["task=compose"], "marks 1 subjects and 0 were given"),
+        (["task=compose", "regions=[[0,0,1,1]]"], "task=compose takes no regions"),
         (["task=routing", "prompt='the sea'"], "so nothing is routed"),
     ],
 )
@@ -193,6 +194,25 @@ def test_generate_names_what_is_wrong(world, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         generate.run(composed("generate", world, "prompt='a man <1>'", f"out={tmp_path}", *overrides))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "count", "message"),
+    [
+        ("generate", "a man <1>", 2, "marks 1 subjects and 2 were given"),
+        ("generate", "a man <1> and a dog <2>", 1, "marks 2 subjects and 1 were given"),
+        ("routing", "a man <1>", 2, "marks 1 subjects and 2 were given"),
+        ("swap", "a man <1> and a dog <2>", 3, "marks 2 subjects and 3 were given"),
+        ("compose", "a man <1>", 2, "marks 1 subjects and 2 were given"),
+        ("morph", "a man <1>", 1, "marks 1 subjects and 1 were given"),
+        ("invert", "a man", 1, "marks no subject"),
+    ],
+)
+def test_a_wrong_number_of_subjects_is_refused_before_the_prior_is_looked_for(world, task, prompt, count, message):
+    given = [f"task={task}", f"prompt='{prompt}'", f"subjects={[str(world / 'man.png')] * count}"]
+    own = [f"input={world / 'man.png'}"] if task == "invert" else []
+    with pytest.raises(ValueError, match=message):
+        generate.run(composed("generate", world, *given, *own, "prior.source=/nowhere"))
 
 
 def test_every_task_of_the_help_is_there_and_every_task_is_in_the_help():

@@ -15,19 +15,20 @@ from safetensors.torch import load_file
 
 from moa_train.checkpoint import export_personalized
 from moa_train.inference.pipeline import MoAPipeline
+from moa_train.prompts import parse_prompt
 
 DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 (READER,) = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
-PROMPT = "a man <1> at sea"
+PROMPT = "a man <2>, a dog <1> and a boy <2> at sea"
 
 # diffusers' UniPC scheduler calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 
-def read_and_draw(folder, prior, weights):
+def read_and_draw(folder, prior, weights, subjects):
     """The picture of the reader, run where `import moa_train` fails."""
     program = f"import sys\nsys.modules['moa_train'] = None\n{READER}"
-    command = [sys.executable, "-c", program, prior, weights, folder / "subject.png", PROMPT, folder / "read.png"]
+    command = [sys.executable, "-c", program, prior, weights, folder / "read.png", PROMPT, *subjects]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with Image.open(folder / "read.png") as picture:
@@ -42,12 +43,14 @@ def draw(prior, weights, prompt, subjects):
 
 
 def test_the_reader_draws_the_picture_of_the_pipeline(prior_folder, weights, tmp_path):
-    subject = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(subject).save(tmp_path / "subject.png")
-    cut_out = torch.from_numpy(subject).permute(2, 0, 1) / 255
-    ours = draw(prior_folder, weights, PROMPT, [cut_out])
-    assert np.abs(ours - draw(prior_folder, weights, "a man at sea", [])).max() > 20, "the subject has to matter"
-    assert np.abs(read_and_draw(tmp_path, prior_folder, weights) - ours).max() <= 1
+    subjects = [np.random.default_rng(n).integers(0, 255, (8, 8, 3), dtype=np.uint8) for n in range(2)]
+    paths = [tmp_path / f"{n}.png" for n in range(2)]
+    for path, subject in zip(paths, subjects, strict=True):
+        Image.fromarray(subject).save(path)
+    cut_out = [torch.from_numpy(subject).permute(2, 0, 1) / 255 for subject in subjects]
+    ours = draw(prior_folder, weights, PROMPT, cut_out)
+    assert np.abs(ours - draw(prior_folder, weights, parse_prompt(PROMPT).text, [])).max() > 20, "they have to matter"
+    assert np.abs(read_and_draw(tmp_path, prior_folder, weights, paths) - ours).max() <= 1
 
 
 def test_the_reader_is_one_short_file_that_never_names_this_package():

@@ -53,6 +53,16 @@ def test_scale_0_is_the_picture_without_it(pipe, lora, photo):
     assert np.abs(made(pipe, subjects=[photo]) - before).max() < 1e-5
 
 
+def test_unloaded_again_every_picture_is_what_it_was_bit_for_bit(pipe, lora, photo):
+    before = made(pipe, subjects=[photo]), made(pipe, "a man")
+    load_lora(pipe, lora)
+    assert not np.array_equal(made(pipe, "a man"), before[1])
+    pipe.unload_lora_weights()
+    assert not adapted_layers(pipe)
+    assert np.array_equal(made(pipe, subjects=[photo]), before[0])
+    assert np.array_equal(made(pipe, "a man"), before[1])
+
+
 def renamed(state):
     return {name.replace("mid_block", "nowhere"): value for name, value in state.items()}
 

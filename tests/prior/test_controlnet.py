@@ -17,7 +17,7 @@ from moa_train.cli import generate
 from moa_train.data.sources.toyworld import CONTEXTS
 from moa_train.inference.pipeline import MoAControlNetPipeline, MoAPipeline
 from moa_train.prior.controlnet import control_map, edge_agreement, edge_map, load_controlnet, new_controlnet
-from moa_train.prior.load import load_prior
+from moa_train.prior.load import load_prior, weights_fingerprint
 from moa_train.prior.pretrain.controlnet import ControlNetStage
 from moa_train.prior.pretrain.scenes import draw_scene_set
 
@@ -217,6 +217,8 @@ def test_generate_follows_a_photo_and_writes_what_the_controlnet_saw(
     with Image.open(tmp_path / "out" / "seed=0.png") as made:
         assert made.text["control_scale"] == "0.5"
         assert len(made.text["control_image"]) == 64
+        told = json.loads(made.text["controlnet"])
+        assert told == {"name": str(trained), "weights": weights_fingerprint(load_controlnet(trained))}
 
 
 WRONG = {

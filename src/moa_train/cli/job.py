@@ -13,6 +13,7 @@ from PIL import Image
 
 from moa_train import __version__
 from moa_train.checkpoint import atomic_write
+from moa_train.inference.controls import Controls
 from moa_train.inference.device import device_and_dtype
 from moa_train.inference.lora import load_lora
 from moa_train.inference.pictures import file_hash, save_gif, save_png
@@ -20,6 +21,7 @@ from moa_train.inference.pipeline import MoAControlNetPipeline, MoAPipeline
 from moa_train.inference.subjects import Views, read_picture
 from moa_train.inference.weights import weights_path
 from moa_train.prior.controlnet import control_map, load_controlnet
+from moa_train.prior.load import weights_fingerprint
 
 _SETTINGS = ("task", "prompt", "negative_prompt", "seeds", "steps", "guidance", "size", "batch_size", "frames")
 _CONTROLS = ("subject_strength", "routing_override", "subject_start", "regions", "separate_subjects")
@@ -50,12 +52,15 @@ class Job:
             raise ValueError("controlnet and control_image go together: give both, controlnet=toy control_image=a.png")
         if settings["controlnet"] is not None and settings["task"] == "invert":
             raise ValueError("task=invert takes no controlnet: the real picture leads the drawing already")
+        if settings["regions"] is not None and settings["task"] == "compose":
+            raise ValueError("task=compose takes no regions, for its number of subjects changes: leave regions out")
         self.subjects = _subjects(settings["subjects"], settings["masks"])
+        Controls(start=settings["subject_start"])
         self.facts = self._facts()
 
     @cached_property
     def pipe(self) -> MoAPipeline | MoAControlNetPipeline:
-        """Prior, personalized weights, LoRA and ControlNet, on their device; the hashes of the prior join the facts."""
+        """Prior, personalized weights, LoRA and ControlNet, on their device; the facts get their hashes."""
         settings = self.settings
         device, dtype = device_and_dtype(settings["device"], settings["dtype"])
         where, weights, controlnet = settings["prior"]["source"], settings["weights"], settings["controlnet"]
@@ -63,9 +68,9 @@ class Job:
         if controlnet is None:
             pipe = MoAPipeline.from_pretrained(where, weights, torch_dtype=dtype)
         else:
-            pipe = MoAControlNetPipeline.from_pretrained(
-                where, weights, torch_dtype=dtype, controlnet=load_controlnet(controlnet)
-            )
+            net = load_controlnet(controlnet)
+            self.facts["controlnet"] = {"name": controlnet, "weights": weights_fingerprint(net)}
+            pipe = MoAControlNetPipeline.from_pretrained(where, weights, torch_dtype=dtype, controlnet=net)
         if settings["lora"] is not None:
             load_lora(pipe, settings["lora"], settings["lora_scale"])
         self.facts["prior"] = dict(pipe.prior_identity)

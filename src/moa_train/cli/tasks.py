@@ -11,16 +11,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moa_train.inference import edits, pictures
-from moa_train.inference.subjects import photo_and_mask
+from moa_train.inference.edits.compose import compose_rows
+from moa_train.inference.edits.grid import Row, make_grid
+from moa_train.inference.edits.morph import morph_ends
+from moa_train.inference.edits.swap import swap_rows
+from moa_train.inference.subjects import photo_and_mask, subjects_of_each
+from moa_train.model.unet import MoAConfig
+from moa_train.prompts import parse_prompt
 
 if TYPE_CHECKING:
     from moa_train.cli.job import Job
-    from moa_train.inference.edits import Grid
 
 
 def generate(job: Job) -> str:
     """One picture a seed."""
     count = len(job.seeds)
+    subjects_of_each([parse_prompt(job.prompt)], job.subjects)
     made = list(
         pictures.generate(
             job.pipe,
@@ -44,20 +50,19 @@ def generate(job: Job) -> str:
 
 def swap(job: Job) -> str:
     """Other subjects at the same seeds."""
-    made = edits.swap(job.pipe, job.prompt, job.subjects, job.seeds, job.settings["batch_size"], **job.sampling)
-    return _write_grid(job, made)
+    return _write_grid(job, swap_rows(job.prompt, job.subjects))
 
 
 def compose(job: Job) -> str:
     """Subjects that come in and go out, one at a time."""
-    made = edits.compose(job.pipe, job.prompt, job.subjects, job.seeds, job.settings["batch_size"], **job.sampling)
-    return _write_grid(job, made)
+    return _write_grid(job, compose_rows(job.prompt, job.subjects))
 
 
 def morph(job: Job) -> str:
     """From one subject to another, at the first seed."""
     frames = 9 if job.settings["frames"] is None else job.settings["frames"]
     seed, batch_size = job.seeds[0], job.settings["batch_size"]
+    morph_ends(job.prompt, job.subjects, frames)
     made = edits.morph(job.pipe, job.prompt, job.subjects, seed, frames, batch_size, **job.sampling)
     for number, frame in enumerate(made.frames):
         job.save(f"frame={number:02d}.png", frame.image, seed=seed, share=round(number / (frames - 1), 4))
@@ -69,6 +74,8 @@ def morph(job: Job) -> str:
 
 def invert(job: Job) -> str:
     """Other subjects in a real picture."""
+    if job.subjects:
+        swap_rows(job.prompt, job.subjects)
     picture, mask = _input(job)
     sampling = job.sampling
     steps = sampling.pop("num_inference_steps")
@@ -103,18 +110,28 @@ def _input(job: Job) -> tuple[Image.Image, Bool[Tensor, "rows columns"]]:
 
 def routing(job: Job) -> str:
     """The figure of the routing, one a seed."""
+    prompt = parse_prompt(job.prompt)
+    subjects_of_each([prompt], job.subjects)
+    if prompt.count == 0:
+        raise ValueError(f'"{job.prompt}" marks no subject, so nothing is routed: write <1> behind a noun')
+    method = getattr(getattr(job.pipe.unet, "moa", None), "config", None)
+    if method is not None and not isinstance(method, MoAConfig):
+        raise ValueError(
+            f"these weights are of {method.name}, which has no router for task=routing to show: give weights of "
+            f"{MoAConfig.name}, or draw with these by another task"
+        )
     options = {"record_routing": True, **job.sampling}
     for seed in job.seeds:
         (picture,) = pictures.generate(job.pipe, [job.prompt], [job.subjects], [seed], 1, **options)
-        if job.pipe.routing is None:
-            raise ValueError(f'"{job.prompt}" marks no subject, so nothing is routed: write <1> behind a noun')
+        assert job.pipe.routing is not None, "a method with a router records what a subject is given"
         job.save(f"seed={seed}.png", picture.image, seed=seed)
         job.save(f"routing_seed={seed}.png", edits.routing_figure(picture.image, job.pipe.routing), seed=seed)
     return f"{len(job.seeds)} figures in {job.out}/: see {job.out / f'routing_seed={job.seeds[0]}.png'}"
 
 
-def _write_grid(job: Job, grid: Grid) -> str:
+def _write_grid(job: Job, rows: list[Row]) -> str:
     task = job.settings["task"]
+    grid = make_grid(job.pipe, job.prompt, rows, job.seeds, job.settings["batch_size"], **job.sampling)
     for picture in grid.prior:
         job.save(f"prior_seed={picture.seed}.png", picture.image, seed=picture.seed, row="prior")
     for row, cells in zip(grid.rows, grid.cells, strict=True):
@@ -125,8 +142,11 @@ def _write_grid(job: Job, grid: Grid) -> str:
     job.report(report)
     mean, other = report["mean"], report["background_of_another_seed"]
     scale = "" if other is None else f" (another seed: {other:.4f})"
+    inside, outside = mean["subject"], mean["background"]
+    where = "in the whole picture (no router tells where the subjects are)"
+    if outside is not None:
+        where = f"in the subjects' region, {outside:.4f} in the background{scale}"
     return (
         f"{len(grid.rows)} x {len(grid.prior)} pictures in {job.out}/: see {job.out / task}.png. Mean squared "
-        f"difference to the prior: {mean['subject']:.4f} in the subjects' region, {mean['background']:.4f} in the "
-        f"background{scale}"
+        f"difference to the prior: {inside:.4f} {where}"
     )

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from moa_train.inference.regions import routed_region
 from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject, Views, photo_and_mask
 
@@ -71,6 +72,14 @@ def generate(
         images = pipe(list(prompts[rows]), own if any(own) else [], generator=generators, **options).images
         for row, (image, seed) in enumerate(zip(images, seeds[rows], strict=True)):
             yield Picture(image, seed, None if pipe.routing is None else pipe.routing.steps[:, row])
+
+
+def subject_region(made: Sequence[Picture]) -> Bool[Tensor, "rows columns"]:
+    """Where the router puts the subjects of any of some pictures; everywhere if the weights have no router."""
+    width, height = made[0].image.size
+    if any(picture.steps is None for picture in made):
+        return torch.ones(height, width, dtype=torch.bool)
+    return routed_region(torch.stack([picture.routing for picture in made]), (width, height))
 
 
 def save_png(path: Path, image: Image.Image, facts: Mapping[str, Any]) -> None:

@@ -56,18 +56,21 @@ def routed_region(routing: Float[Tensor, "b h w"], size: tuple[int, int]) -> Boo
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean squared difference of two pictures with values in [0, 1], inside the subject's region and outside it."""
+    """Mean squared difference of two pictures with values in [0, 1], inside the subject's region and outside it.
+
+    background: None where the region is the whole picture.
+    """
 
     subject: float
-    background: float
+    background: float | None
 
-    def rounded(self) -> dict[str, float]:
+    def rounded(self) -> dict[str, float | None]:
         """Both by name, to five decimals."""
-        return {name: round(value, 5) for name, value in asdict(self).items()}
+        return {name: None if value is None else round(value, 5) for name, value in asdict(self).items()}
 
 
 def difference(first: Image.Image, second: Image.Image, region: Bool[Tensor, "rows columns"]) -> Difference:
-    """How much two pictures of equal size differ inside a region and outside it; 0 where there is no pixel.
+    """How much two pictures of equal size differ inside a region (0 where it is empty) and outside it.
 
     Raises:
         ValueError: pictures or region of different sizes.
@@ -76,13 +79,17 @@ def difference(first: Image.Image, second: Image.Image, region: Bool[Tensor, "ro
         raise ValueError(f"sizes differ: {first.size}, {second.size} and a region of {tuple(region.shape)[::-1]}")
     squared = ((_values(first) - _values(second)) ** 2).mean(axis=2)
     inside = region.numpy()
-    return Difference(*(float(squared[part].mean()) if part.any() else 0.0 for part in (inside, ~inside)))
+    return Difference(
+        float(squared[inside].mean()) if inside.any() else 0.0,
+        None if inside.all() else float(squared[~inside].mean()),
+    )
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
-    """The mean of each part."""
-    parts = np.mean([[each.subject, each.background] for each in differences], axis=0)
-    return Difference(*parts.tolist())
+    """The mean of each part; of the background over those that have one."""
+    backgrounds = [each.background for each in differences if each.background is not None]
+    subject = float(np.mean([each.subject for each in differences]))
+    return Difference(subject, float(np.mean(backgrounds)) if backgrounds else None)
 
 
 def mean_squared_error(first: Image.Image, second: Image.Image) -> float:

@@ -267,9 +267,19 @@ def _begin_call(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[
     moa = unet.moa
     by_layer = {}
     if skip < len(sample):
-        tokens = moa.tokens(timestep[skip:], conditioning.personalized())
+        tokens = _beside(moa.tokens, sample)(timestep[skip:], conditioning.personalized())
         by_layer = dict(zip(moa.cross_layers, tokens, strict=True))
     call.begin((sample.shape[-2], sample.shape[-1]), by_layer)
+
+
+def _beside(tokens: nn.Module, sample: Tensor) -> nn.Module:
+    """The tokens' weights on the device of the sample.
+
+    Model offloading moves a U-Net in its forward, which runs behind this hook, and takes these weights back with the
+    rest. Weights on meta are those that sequential offloading fetches by itself.
+    """
+    device = next(tokens.parameters()).device
+    return tokens if device in (sample.device, torch.device("meta")) else tokens.to(sample.device)
 
 
 def _check_call(unet: UNet2DConditionModel, call: MoACall, rows: int) -> None:

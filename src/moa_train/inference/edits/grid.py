@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from moa_train.inference.pictures import Picture, contact_sheet, generate, subjects_tile, text_tile
-from moa_train.inference.regions import Difference, difference, mean_difference, routed_region
+from moa_train.inference.pictures import Picture, contact_sheet, generate, subject_region, subjects_tile, text_tile
+from moa_train.inference.regions import Difference, difference, mean_difference
 from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
@@ -39,10 +38,7 @@ class Grid:
     @cached_property
     def regions(self) -> tuple[Bool[Tensor, "rows columns"], ...]:
         """Of each seed, where the router puts the subjects of any row: one region serves all cells of a column."""
-        return tuple(
-            routed_region(torch.stack([cell.routing for cell in column]), column[0].image.size)
-            for column in zip(*self.cells, strict=True)
-        )
+        return tuple(subject_region(column) for column in zip(*self.cells, strict=True))
 
     @cached_property
     def differences(self) -> tuple[tuple[Difference, ...], ...]:

@@ -74,7 +74,7 @@ class EditedPhoto:
             ],
         }
 
-    def _changed(self, swapped: Picture) -> dict[str, float]:
+    def _changed(self, swapped: Picture) -> dict[str, float | None]:
         return difference(self.picture, swapped.image, self.region).rounded()
 
     def sheet(self, side: int = 128) -> Image.Image:
@@ -145,9 +145,7 @@ def invert(pipe: MoAPipeline, picture: Image.Image, prompt: str, steps: int) -> 
         prompt: what the picture shows; markers are ignored.
         steps: of DDIM; more steps reconstruct better.
     """
-    codec, text = LatentCodec(pipe.vae), parse_prompt(prompt).text
-    moments = codec.moments(_pixels(picture).to(pipe.vae.device))
-    start = codec.sample(moments, noise=torch.zeros_like(moments[:, 0]))  # the posterior's mean
+    text, start = parse_prompt(prompt).text, encoded(pipe, picture)
     path = [start]
 
     def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,6 +155,13 @@ def invert(pipe: MoAPipeline, picture: Image.Image, prompt: str, steps: int) -> 
     with _scheduler(pipe, DDIMInverseScheduler):
         _denoise(pipe, text, (), start, steps, 1.0, callback_on_step_end=keep, output_type="latent")
     return Inversion(picture, text, tuple(path))
+
+
+def encoded(pipe: MoAPipeline, picture: Image.Image) -> Float[Tensor, "1 c h w"]:
+    """z_0 of a picture: the mean of the VAE's posterior, where the pipeline computes."""
+    codec = LatentCodec(pipe.vae)
+    moments = codec.moments(_pixels(picture).to(pipe._execution_device))
+    return codec.sample(moments, noise=torch.zeros_like(moments[:, 0]))
 
 
 def reconstruct(pipe: MoAPipeline, inversion: Inversion) -> Image.Image:

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from moa_train.inference.pictures import Picture, contact_sheet, generate, subjects_tile
-from moa_train.inference.regions import difference, routed_region
+from moa_train.inference.pictures import Picture, contact_sheet, generate, subject_region, subjects_tile
+from moa_train.inference.regions import difference
 from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject
 from moa_train.prompts import parse_prompt
@@ -30,7 +30,7 @@ class Morph:
     def report(self) -> dict[str, Any]:
         """Mean squared differences of each frame to the one before, and of the last frame to the first."""
         images = [frame.image for frame in self.frames]
-        region = routed_region(torch.stack([frame.routing for frame in self.frames]), images[0].size)
+        region = subject_region(self.frames)
         steps = [difference(a, b, region).rounded() for a, b in pairwise(images)]
         return {
             "measure": "mean squared difference, values in [0, 1], in the subjects' region and in the background",
@@ -70,6 +70,19 @@ def morph(
     Raises:
         ValueError: another number of subjects, too few frames.
     """
+    first, second = morph_ends(prompt, subjects, frames)
+    start, end = pipe.subject_features(first), pipe.subject_features(second)
+    between = [slerp(start, end, number / (frames - 1)) for number in range(frames)]
+    made = generate(
+        pipe, [prompt] * frames, [list(features) for features in between], [seed] * frames, batch_size, **options
+    )
+    return Morph(first, second, tuple(made))
+
+
+def morph_ends(
+    prompt: str, subjects: Sequence[Subject], frames: int
+) -> tuple[tuple[Subject, ...], tuple[Subject, ...]]:
+    """Who the subjects of `morph` are in the first frame, and in the last."""
     count = parse_prompt(prompt).count
     if count == 0 or len(subjects) != 2 * count:
         raise ValueError(
@@ -78,13 +91,7 @@ def morph(
         )
     if frames < 2:
         raise ValueError(f"frames is {frames}; expected 2 or more: the first and the last are the subjects' own")
-    first, second = tuple(subjects[:count]), tuple(subjects[count:])
-    start, end = pipe.subject_features(first), pipe.subject_features(second)
-    between = [slerp(start, end, number / (frames - 1)) for number in range(frames)]
-    made = generate(
-        pipe, [prompt] * frames, [list(features) for features in between], [seed] * frames, batch_size, **options
-    )
-    return Morph(first, second, tuple(made))
+    return tuple(subjects[:count]), tuple(subjects[count:])
 
 
 def slerp(start: Float[Tensor, "s f"], end: Float[Tensor, "s f"], share: float) -> Float[Tensor, "s f"]:
