@@ -76,7 +76,7 @@ def held(directory):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("keep", "for_ever"), [(2, None), (1, 4), (0, 3), (None, None)])
+@pytest.mark.parametrize(("keep", "for_ever"), [(2, None), (3, None), (4, 2), (1, 4), (0, 3), (None, None)])
 def test_the_latest_few_and_every_nth_step_are_kept(tmp_path, keep, for_ever, asynchronous):
     run = Saving(tmp_path, keep=keep, keep_every_n_steps=for_ever, monitor=None, asynchronous=asynchronous)
     for step in range(1, 11):

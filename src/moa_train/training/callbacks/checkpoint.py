@@ -140,7 +140,7 @@ class Checkpoints(StepCallback, Checkpoint):
         if self.keep is None:
             return
         until_now = [other for other in step_files(self.directory) if other <= step]  # later ones: before a resume
-        for old in until_now[: len(until_now) - self.keep]:
+        for old in until_now[: max(0, len(until_now) - self.keep)]:
             if not every(old, self.keep_every_n_steps):
                 (self.directory / f"step={old:06d}.ckpt").unlink()
 
