@@ -227,6 +227,10 @@ def test_eval_measures_and_reports(world, tmp_path, capsys):
     assert numbers["identity"].keys() == {"moa", "prior", "wrong_subject", "real"}
     assert numbers["context_difference"].keys() == numbers["context_ssim"].keys()
     assert numbers["context_difference"].keys() == {"moa", "other_subject", "other_seed"}
+    assert numbers["seconds_per_picture"].keys() == {"moa", "prior", "pairs"}
+    assert numbers["frechet"].keys() == {"moa", "real"}
+    assert numbers["memory"]["resident_gigabytes"] > 0.1
+    assert 0.0 <= numbers["pairs_found"]["moa"] <= 1.0
     assert numbers["rank1"].keys() == {"moa", "prior", "real", "chance"}
     assert numbers["n"] == {"people": 4, "pictures": 8}
     # MoA before training is the prior.

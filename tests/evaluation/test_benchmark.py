@@ -12,7 +12,7 @@ from moa_train.data.sources.toyworld import CONTEXTS, IDENTITY_DIM, NOUNS
 from moa_train.evaluation import benchmark
 from moa_train.evaluation.gallery import Gallery, ToyProtocol, held_out_people
 from moa_train.evaluation.report import markdown, routing_figure, samples_figure, table, write_report
-from moa_train.evaluation.seen import look
+from moa_train.evaluation.seen import look, pixels_of
 from moa_train.inference.pictures import Picture
 from moa_train.prior.probe import Probe
 
@@ -72,7 +72,7 @@ def gallery():
 @pytest.fixture(scope="module")
 def numbers(gallery):
     patch = pytest.MonkeyPatch()
-    patch.setattr(benchmark, "_real_scenes", lambda gallery: benchmark._pixels(gallery.moa))
+    patch.setattr(benchmark, "_real_scenes", lambda gallery, stream: pixels_of(gallery.moa))
     measured = benchmark.measure(gallery, Oracle(gallery.people), PROTOCOL)
     patch.undo()
     return {
@@ -166,7 +166,7 @@ def test_the_report_is_written_whole(gallery, numbers, tmp_path):
 def test_a_method_without_a_router_is_measured_and_reported_under_its_name_without_routing(
     gallery, numbers, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(benchmark, "_real_scenes", lambda gallery: benchmark._pixels(gallery.moa))
+    monkeypatch.setattr(benchmark, "_real_scenes", lambda gallery, stream: pixels_of(gallery.moa))
     moa = gallery.moa.copy()
     for place, picture_ in np.ndenumerate(moa):
         moa[place] = replace(picture_, steps=None)
@@ -194,7 +194,8 @@ def test_the_figure_has_a_row_for_each_prior_and_person(gallery):
 
 @pytest.mark.parametrize(
     "wrong", [{"people": 5}, {"people": 2}, {"contexts": 0}, {"contexts": 9}, {"seeds": (1,)}, {"seeds": (1, 1)},
-              {"lineup": 11}, {"reference": "drawing"}, {"split": "train"}],
+              {"lineup": 11}, {"pairs": 37}, {"pairs": -1},
+              {"reference": "drawing"}, {"split": "train"}],
 )  # fmt: skip
 def test_a_protocol_that_compares_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

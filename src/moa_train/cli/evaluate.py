@@ -28,6 +28,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   steps=25 guidance=3      of the sampler
   split=validation         people to choose settings on; test, the default, is for the figures that you report
   lineup=100               identities of the split among which the person of a picture is sought (rank 1, rank 5)
+  pairs=4                  pairs of people who are drawn together, in each context once: are they confused? 0: none
   reference=scene          the photo of a person: scene (somewhere else) or portrait
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
@@ -81,7 +82,7 @@ def run(cfg: DictConfig) -> None:
     from moa_train.prior.probe import load_probe
 
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    keys = ("people", "contexts", "reference", "split", "margin", "lineup", "steps", "guidance", "batch_size")
+    keys = ("people", "contexts", "reference", "split", "margin", "lineup", "pairs", "steps", "guidance", "batch_size")
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))

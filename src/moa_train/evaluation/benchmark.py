@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from moa_train.data.sources.toyworld import NOUNS, draw_scene
 from moa_train.evaluation import metrics
-from moa_train.evaluation.gallery import REAL_STREAM, Gallery, ToyProtocol, lineup, make_gallery
-from moa_train.evaluation.seen import Seen, context_measures, look
+from moa_train.evaluation.cost import forget_peak, measure_seconds, peak_memory
+from moa_train.evaluation.gallery import FLOOR_STREAM, REAL_STREAM, Gallery, ToyProtocol, lineup, make_gallery
+from moa_train.evaluation.pairs import measure_pairs
+from moa_train.evaluation.quality import measure_quality
+from moa_train.evaluation.seen import Seen, context_measures, look, pixels_in, pixels_of, scene_vectors
+from moa_train.evaluation.summary import counted, joined
 from moa_train.inference.pipeline import MoAPipeline
-from moa_train.prior.probe import SIZE, Probe
+from moa_train.prior.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def compared_rows(gallery: Gallery) -> Rows:
 def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, Any]:
     """The numbers of a gallery: means, their 95 % intervals (bootstrap over people), and of how many pictures."""
     rows = compared_rows(gallery)
-    moa, prior, real = (look(probe, x) for x in (_pixels(gallery.moa), _pixels(gallery.prior), _real_scenes(gallery)))
+    drawn = (pixels_of(gallery.moa), pixels_of(gallery.prior), _real_scenes(gallery, REAL_STREAM))
+    moa, prior, real = (look(probe, pixels) for pixels in drawn)
     place = torch.tensor([probe.contexts.index(context) for context in gallery.contexts])[rows.context]
     values = {
         **_identity(rows, moa, prior, real, lineup(gallery.people, protocol)),
@@ -71,34 +75,43 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
     if gallery.routed:
         routing = torch.stack([picture.routing for picture in gallery.moa.flat])
         values["routing_iou"] = metrics.routing_iou(routing, moa.people)
-    return summarise(values, rows.person.tolist())
+    again = _real_scenes(gallery, FLOOR_STREAM)
+    features = [scene_vectors(probe, pixels) for pixels in (moa.pixels, real.pixels, again)]
+    return joined(
+        counted(values, rows.person.tolist()),
+        measure_quality(features[0], features[1], features[2], rows.person),
+        measure_seconds(gallery, protocol.batch_size),
+        {} if gallery.pairs is None else measure_pairs(gallery, probe),
+    )
 
 
 def run_toy(pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol) -> tuple[Gallery, dict[str, Any]]:
     """Generate and measure; `seconds` is the time of both."""
     start = time.perf_counter()
+    forget_peak(pipe.device)
     gallery = make_gallery(pipe, protocol)
+    memory = peak_memory(pipe.device)
     numbers = measure(gallery, probe, protocol)
     seconds = round(time.perf_counter() - start, 1)
-    return gallery, {**numbers, "method": pipe.unet.moa.config.name, "protocol": asdict(protocol), "seconds": seconds}
+    return gallery, {
+        **numbers,
+        "method": pipe.unet.moa.config.name,
+        "protocol": asdict(protocol),
+        "seconds": seconds,
+        "memory": memory,
+    }
 
 
-def _pixels(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
-    """Generated pictures at the probe's size."""
-    images = (picture.image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures.flat)
-    stack = np.stack([np.asarray(image) for image in images])
-    return rearrange(torch.from_numpy(stack), "b h w c -> b c h w") / 255.0
-
-
-def _real_scenes(gallery: Gallery) -> Float[Tensor, "b 3 h w"]:
+def _real_scenes(gallery: Gallery, stream: int) -> Float[Tensor, "b 3 h w"]:
     """A real scene for each MoA picture, of the same person in the same context: the ceiling of every measure."""
-    drawn = [
-        draw_scene(
-            np.random.default_rng([REAL_STREAM, p, c, g]), [gallery.people[p].identity], gallery.contexts[c]
-        ).image
-        for p, c, g in np.ndindex(gallery.moa.shape)
-    ]
-    return rearrange(torch.from_numpy(np.stack(drawn)), "b h w c -> b c h w") / 255.0
+    return pixels_in(
+        [
+            draw_scene(
+                np.random.default_rng([stream, p, c, g]), [gallery.people[p].identity], gallery.contexts[c]
+            ).image
+            for p, c, g in np.ndindex(gallery.moa.shape)
+        ]
+    )
 
 
 def _identity(
@@ -148,22 +161,3 @@ def _diversity(rows: Rows, moa: Seen, prior: Seen, real: Seen, gallery: Gallery)
             grouped = metrics.spread(rearrange(each, "(b g) d -> b g d", g=seeds))
             values[f"{measure}_spread.{name}"] = grouped.repeat_interleave(seeds)
     return values
-
-
-def summarise(values: dict[str, Tensor], people: list[int]) -> dict[str, Any]:
-    """Means under nested keys ("identity.moa" -> identity: {moa: ...}), `intervals` under flat ones, and `n`.
-
-    Rows that are NaN were not measured (no person was found) and do not count; what no row has measured is left out.
-    """
-    summary: dict[str, Any] = {}
-    intervals: dict[str, list[float]] = {}
-    for name, each in values.items():
-        measured = ~each.isnan()
-        if not measured.any():
-            continue
-        group, _, leaf = name.rpartition(".")
-        (summary.setdefault(group, {}) if group else summary)[leaf] = round(float(each[measured].double().mean()), 5)
-        groups = [person for person, has in zip(people, measured.tolist(), strict=True) if has]
-        intervals[name] = [round(bound, 5) for bound in metrics.bootstrap_interval(each[measured].tolist(), groups)]
-    n = {"people": len(set(people)), "pictures": len(people)}
-    return {**summary, "intervals": intervals, "n": n}

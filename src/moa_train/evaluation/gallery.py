@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -15,8 +17,9 @@ from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, SPLITS, Identity, d
 from moa_train.inference.pictures import generate
 from moa_train.inference.pipeline import MoAPipeline
 
-REFERENCE_STREAM, REAL_STREAM = 1, 2
-"""First number of the seeds of what the protocol draws itself: reference photos, and real scenes for the ceiling."""
+REFERENCE_STREAM, REAL_STREAM, FLOOR_STREAM, PAIR_STREAM = 1, 2, 3, 4
+"""First number of the seeds of what the protocol draws itself: reference photos, real scenes for the ceiling, the same
+again to compare real with real, and real scenes of two people."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class ToyProtocol:
     report. contexts: how many of the eight. seeds: of the sampler's noise, the same for everyone.
     reference: the photo of a subject, a "scene" in another place or a "portrait". margin: pixels around people that do
     not count as context. lineup: identities among which the person is sought, those shown and others of the split.
+    pairs: of a man and a woman who are drawn together, in each context from the first seed; 0: none.
     steps, guidance, batch_size: of the sampler.
     """
 
@@ -37,6 +41,7 @@ class ToyProtocol:
     split: str = "test"
     margin: int = 3
     lineup: int = 100
+    pairs: int = 4
     steps: int = 25
     guidance: float = 3.0
     batch_size: int = 16
@@ -51,6 +56,11 @@ class ToyProtocol:
             raise ValueError(
                 f"lineup is {self.lineup}; expected at least {max(self.people, 6)}: the {self.people} people shown are "
                 "sought in it, and rank 5 needs more than five"
+            )
+        if not 0 <= self.pairs <= (self.people // 2) ** 2:
+            raise ValueError(
+                f"pairs is {self.pairs}; expected 0 to {(self.people // 2) ** 2}: so many are there of "
+                f"{self.people // 2} men and {self.people // 2} women"
             )
         if not 1 <= self.contexts <= len(CONTEXTS):
             raise ValueError(f"contexts is {self.contexts}; expected 1 to {len(CONTEXTS)}")
@@ -73,12 +83,19 @@ class Person:
 
 @dataclass(frozen=True)
 class Gallery:
-    """All pictures of a run, arrays of `Picture`: `moa[p, c, g]` by person, context and seed, `prior[noun, c, g]`."""
+    """All pictures of a run, arrays of `Picture`: `moa[p, c, g]` by person, context and seed, `prior[noun, c, g]`.
+
+    pairs: `pairs[k, c]` with the two people of `couples`; None without them.
+    seconds: that each picture took (its share of its batch), by the arrays' names; NaN in a first batch that others
+    follow, for it warms up.
+    """
 
     people: tuple[Person, ...]
     contexts: tuple[str, ...]
     moa: np.ndarray
     prior: np.ndarray
+    pairs: np.ndarray | None = None
+    seconds: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def routed(self) -> bool:
@@ -117,41 +134,72 @@ def _with_photo(who: Identity, reference: str, number: int) -> Person:
     return Person(who, scene.image, scene.labels > 0)
 
 
+def couples(people: int, pairs: int) -> list[tuple[int, int]]:
+    """The first pairs of a man and a woman as their numbers, in the order of the markers; each second one woman first.
+
+    Everyone has a turn before anyone has a second one.
+    """
+    half = people // 2
+    mixed = [(k % half, half + (k + k // half) % half) for k in range(pairs)]
+    return [(man, woman) if k % 2 == 0 else (woman, man) for k, (man, woman) in enumerate(mixed)]
+
+
 def make_gallery(pipe: MoAPipeline, protocol: ToyProtocol) -> Gallery:
     """Generate every picture of the protocol; the prior's depend on the noun alone, so they are made once a noun."""
     people, places, seeds = held_out_people(protocol), CONTEXTS[: protocol.contexts], protocol.seeds
     grid = [(place, seed) for place in places for seed in seeds]
-    moa = _generate(
-        pipe,
-        protocol,
+    draw, shape = _Drawing(pipe, protocol), (len(places), len(seeds))
+    moa = draw(
+        "moa",
         [f"a photo of a {who.identity.noun} <1> {place}" for who in people for place, _ in grid],
         [[(who.photo, who.mask)] for who in people for _ in grid],
         [seed for _ in people for _, seed in grid],
-    )
-    prior = _generate(
-        pipe,
-        protocol,
+    ).reshape(len(people), *shape)
+    prior = draw(
+        "prior",
         [f"a photo of a {noun} {place}" for noun in NOUNS for place, _ in grid],
         [[] for _ in NOUNS for _ in grid],
         [seed for _ in NOUNS for _, seed in grid],
-    )
-    shape = (len(places), len(seeds))
-    return Gallery(people, tuple(places), moa.reshape(len(people), *shape), prior.reshape(len(NOUNS), *shape))
+    ).reshape(len(NOUNS), *shape)
+    pairs = _together(draw, people, places, protocol) if protocol.pairs else None
+    return Gallery(people, tuple(places), moa, prior, pairs, draw.seconds)
 
 
-def _generate(
-    pipe: MoAPipeline, protocol: ToyProtocol, prompts: list[str], subjects: list[list[Any]], seeds: list[int]
-) -> np.ndarray:
-    pictures = generate(
-        pipe,
-        prompts,
-        subjects,
-        seeds,
-        protocol.batch_size,
-        num_inference_steps=protocol.steps,
-        guidance_scale=protocol.guidance,
-    )
-    array = np.empty(len(prompts), dtype=object)
-    for index, picture in enumerate(pictures):
-        array[index] = picture
-    return array
+def _together(draw: _Drawing, people: tuple[Person, ...], places: tuple[str, ...], protocol: ToyProtocol) -> np.ndarray:
+    """The pictures of two people, `[k, c]`."""
+    mixed = [(people[first], people[second]) for first, second in couples(len(people), protocol.pairs)]
+    return draw(
+        "pairs",
+        [
+            f"a photo of a {a.identity.noun} <1> and a {b.identity.noun} <2> {place}"
+            for a, b in mixed
+            for place in places
+        ],
+        [[(a.photo, a.mask), (b.photo, b.mask)] for a, b in mixed for _ in places],
+        [protocol.seeds[0]] * (len(mixed) * len(places)),
+    ).reshape(len(mixed), len(places))
+
+
+class _Drawing:
+    """Generates pictures with the protocol's sampler and notes how long each took."""
+
+    def __init__(self, pipe: MoAPipeline, protocol: ToyProtocol) -> None:
+        self.pipe, self.protocol = pipe, protocol
+        self.seconds: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, prompts: list[str], subjects: list[list[Any]], seeds: list[int]) -> np.ndarray:
+        array, seconds = np.empty(len(prompts), dtype=object), np.empty(len(prompts))
+        size, options = self.protocol.batch_size, self._options()
+        for start in range(0, len(prompts), size):
+            batch, begin = slice(start, start + size), time.perf_counter()
+            pictures = list(generate(self.pipe, prompts[batch], subjects[batch], seeds[batch], size, **options))
+            seconds[batch] = (time.perf_counter() - begin) / len(pictures)
+            for index, picture in enumerate(pictures, start):
+                array[index] = picture
+        if len(prompts) > size:
+            seconds[:size] = np.nan
+        self.seconds[name] = seconds
+        return array
+
+    def _options(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.protocol.steps, "guidance_scale": self.protocol.guidance}

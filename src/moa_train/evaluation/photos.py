@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa_train.evaluation.benchmark import summarise
 from moa_train.evaluation.clip_score import ClipScore
 from moa_train.evaluation.faces import FaceEmbedder
 from moa_train.evaluation.photo_prompts import Template
 from moa_train.evaluation.photo_shots import PhotoProtocol, Progress, Shot, Studio, plan_shots, read_shot
 from moa_train.evaluation.photo_subjects import PhotoSubject
+from moa_train.evaluation.summary import counted
 from moa_train.inference.pipeline import MoAPipeline
 from moa_train.prompts import parse_prompt
 
@@ -110,12 +110,12 @@ def run_photos(
     seen = look([*shots, *plain], folder, clip, embedder, protocol.together, progress)
     values = _values(shots, [row_of[without[shot]] for shot in shots if without], seen, references)
     groups = [shot.group for shot in shots]
-    numbers = summarise(values, groups)
+    numbers = counted(values, groups)
     numbers["by_category"] = {}
     for category in dict.fromkeys(shot.category for shot in shots):
         rows = [row for row, shot in enumerate(shots) if shot.category == category]
         own = {name: value[rows] for name, value in values.items()}
-        numbers["by_category"][category] = summarise(own, [groups[row] for row in rows])
+        numbers["by_category"][category] = counted(own, [groups[row] for row in rows])
     return numbers | {
         "method": pipe.unet.moa.config.name,
         "benchmark": "fastcomposer",

@@ -68,6 +68,28 @@ _TABLE = (
         ("the prior", "size_spread.prior"),
         ("real scenes", "size_spread.real"),
     )),
+    ("Of two people, are both there?", "share of pictures", (
+        ("MoA", "pairs_found.moa"),
+        ("real scenes (ceiling)", "pairs_found.real"),
+    )),
+    ("Are two people confused?", "share of people who are nearer to the other photo, lower is better; chance 0.5", (
+        ("MoA", "pairs_confusion.moa"),
+        ("real scenes (floor)", "pairs_confusion.real"),
+    )),
+    ("Are they the people of the photos?", "cosine of identity vectors, higher is better", (
+        ("MoA, the person of the own photo", "pairs_identity.moa"),
+        ("MoA, the person of the other photo", "pairs_identity.wrong_subject"),
+        ("real scenes of the two (ceiling)", "pairs_identity.real"),
+    )),
+    ("Do pictures look real?", "Fréchet distance of features to real scenes, lower is better", (
+        ("MoA", "frechet.moa"),
+        ("other real scenes (floor)", "frechet.real"),
+    )),
+    ("What does a picture cost?", "seconds", (
+        ("MoA", "seconds_per_picture.moa"),
+        ("the prior", "seconds_per_picture.prior"),
+        ("MoA, two people", "seconds_per_picture.pairs"),
+    )),
     ("Is there a person at all?", "share of pictures", (
         ("MoA", "person_found.moa"),
         ("the prior", "person_found.prior"),
@@ -127,9 +149,12 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         lines.append(f"| | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
     lines += [
         "",
-        "Intervals: bootstrap over people. Generated people are found and recognised by networks that were trained on",
-        "real scenes and never see the router.",
+        *_memory(numbers),
+        "Intervals: bootstrap over people (pairs of them; batches for seconds), jackknife for the Fréchet distance.",
+        "Generated people are found and recognised by networks that were trained on real scenes and never see the",
+        "router. What each figure means, and its limits: docs/evaluation.md.",
         "",
+        *_confusion(numbers),
         "## Pictures",
         "Each column is one context and seed. The prior's own pictures, then one row a person: the photo, then "
         f"{method_title(numbers)}.",
@@ -146,6 +171,23 @@ def markdown(numbers: Mapping[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _memory(numbers: Mapping[str, Any]) -> list[str]:
+    kinds = {"device_gigabytes": "on the device", "resident_gigabytes": "of the whole process"}
+    return [f"Peak memory {kinds[kind]}: {size:g} GB.  " for kind, size in numbers.get("memory", {}).items()]
+
+
+def _confusion(numbers: Mapping[str, Any]) -> list[str]:
+    """The matrix of two people in one picture; nothing where it was not measured."""
+    lines = []
+    for name, title in (("moa", _title(numbers)), ("real", "real scenes")):
+        for slot, row in enumerate(numbers.get("confusion", {}).get(name, ()), 1):
+            lines.append(f"| {title}, in the place of <{slot}> | {row[0]:.3f} | {row[1]:.3f} |")
+    if not lines:
+        return []
+    heading = ["| two people in one picture | nearer to person 1 | nearer to person 2 |", "|---|---|---|"]
+    return [*heading, *lines, ""]
 
 
 def samples_figure(gallery: Gallery, rows_per_noun: int = 3, contexts: int = 6, side: int = 128) -> Image.Image:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from moa_train.evaluation import metrics
 from moa_train.inference.regions import dilate
-from moa_train.prior.probe import Probe, crop_people
+from moa_train.prior.probe import SIZE, Probe, crop_people
 
 _GREY = 0.5
 _TOGETHER = 64
@@ -66,3 +70,19 @@ def _context_part(
         "context_ssim": metrics.context_ssim(one, other, dilate(found, max(margin - metrics.SSIM_RADIUS, 0))),
         "context_features": metrics.feature_difference(features[0], features[1], people),
     }
+
+
+def scene_vectors(probe: Probe, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    """One feature vector a picture: the mean over places of the coarsest features, which tells the context."""
+    return torch.cat([probe.scene_features(part)[-1].mean(dim=(2, 3)) for part in pixels.split(_TOGETHER)])
+
+
+def pixels_of(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
+    """Generated pictures at the probe's size, in the array's order."""
+    images = (picture.image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures.flat)
+    return pixels_in([np.asarray(image) for image in images])
+
+
+def pixels_in(images: Sequence[np.ndarray]) -> Float[Tensor, "b 3 h w"]:
+    """Images (uint8 h w 3) of equal size as the probe takes them."""
+    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w") / 255.0

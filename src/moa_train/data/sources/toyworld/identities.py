@@ -14,6 +14,8 @@ HUE_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "violet", "pink
 """Name k belongs to the hue k / 8: the hue circle is spaced by names, not by HSV angle."""
 
 IDENTITY_DIM = 16
+NOUN_PARTS = (0, 14)
+"""Entries of an identity's vector that tell the noun: itself, and the beard, which only one noun can have."""
 
 _HAIR_SHARES = (0.3, 0.3, 0.25, 0.15)
 _HAT_SHARE = 0.4
