@@ -181,9 +181,9 @@ def _memory(numbers: Mapping[str, Any]) -> list[str]:
 def _confusion(numbers: Mapping[str, Any]) -> list[str]:
     """The matrix of two people in one picture; nothing where it was not measured."""
     lines = []
-    for name, title in (("moa", _title(numbers)), ("real", "real scenes")):
+    for name, whose in (("moa", method_title(numbers)), ("real", "real scenes")):
         for slot, row in enumerate(numbers.get("confusion", {}).get(name, ()), 1):
-            lines.append(f"| {title}, in the place of <{slot}> | {row[0]:.3f} | {row[1]:.3f} |")
+            lines.append(f"| {whose}, in the place of <{slot}> | {row[0]:.3f} | {row[1]:.3f} |")
     if not lines:
         return []
     heading = ["| two people in one picture | nearer to person 1 | nearer to person 2 |", "|---|---|---|"]
