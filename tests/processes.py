@@ -73,11 +73,15 @@ def ranks(
 
 @dataclass(frozen=True)
 class SignalAt:
-    """A hook: these ranks get a signal right after an optimizer step, before anything else happens."""
+    """A hook: these ranks get a signal right after an optimizer step, before anything else happens.
+
+    loaders: so do their loaders' processes, a moment before.
+    """
 
     step: int
     signum: int
     ranks: tuple[int, ...] = (0,)
+    loaders: bool = False
 
     def __call__(self) -> None:
         from moa_train.training.callbacks.sample_log import SampleLog
@@ -89,6 +93,9 @@ class SignalAt:
         def log_and_signal(callback: SampleLog, trainer: Any, module: Any, step: int) -> None:
             log(callback, trainer, module, step)
             if step == self.step:
+                for child in multiprocessing.active_children() if self.loaders else ():
+                    os.kill(child.pid or 0, self.signum)
+                    child.join(0.5)
                 os.kill(os.getpid(), self.signum)
 
         SampleLog.after_step = log_and_signal  # type: ignore[method-assign]

@@ -84,6 +84,17 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world
         assert torch.allclose(load(run)["state_dict"][name], value, atol=2e-5), name
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_reaches_the_loaders_processes_too_ends_in_a_checkpoint(world, tmp_path, signum):
+    """As a batch system signals all processes of a job, and a terminal all of a command."""
+    run = tmp_path / "run"
+    arguments = world.overrides("max_steps=200", "data.num_workers=2", f"run_dir={run}")
+    with ranks(tmp_path / "output", arguments, 1, SignalAt(2, signum, loaders=True)) as launch:
+        assert launch.codes() == [128 + signum], launch.said()
+    assert f"stopped by {signum.name} at step 2; resume with ckpt=last" in launch.said()
+    assert load(run)["global_step"] == 2
+
+
 @pytest.mark.parametrize(("make", "message"), [(ddp, "strategy.timeout=0"), (RankWatch, "ranks.timeout=0")])
 def test_a_timeout_that_is_none_is_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -39,11 +40,12 @@ STREAMS = ("exact", "sequential")
 class ResumableLoader(DataLoader[Any]):
     """Batches, once a guard has seen what was noted with them.
 
-    Lightning takes it as resumable. The position is the DataModule's; the loader itself has no state.
+    Lightning takes it as resumable. The position is the DataModule's; the loader itself has no state. Its processes
+    leave signals to the run.
     """
 
     def __init__(self, dataset: Any, guard: BadSampleGuard, **options: Any) -> None:
-        super().__init__(dataset, **options)
+        super().__init__(dataset, worker_init_fn=_leave_signals_to_the_run, **options)
         self.guard = guard
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -57,6 +59,16 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to do: the batch sampler was built to begin at the position."""
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a loader's process: a signal to all processes of a job (SLURM, Ctrl-C) asks the run, which saves and ends it.
+
+    The second SIGTERM ends the process: torch's own way to end one that hangs, repeated when the interpreter ends.
+    """
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class MoADataModule(pl.LightningDataModule):
