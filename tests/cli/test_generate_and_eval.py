@@ -15,12 +15,13 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1]))
 
 import tiny
+from moa_train.baselines.finetune import FinetuneConfig
 from moa_train.checkpoint import export_personalized
 from moa_train.cli import evaluate, generate
 from moa_train.cli.job import Job
 from moa_train.cli.paths import config_dir
 from moa_train.data.sources.toyworld import CONTEXTS, IDENTITY_DIM
-from moa_train.model.unet import MoAConfig, add_moa, personalized_state_dict
+from moa_train.model.unet import MoAConfig, add_moa, install, personalized_state_dict
 from moa_train.prior.load import load_prior
 from moa_train.prior.probe import Probe, save_probe
 
@@ -253,3 +254,21 @@ def test_help_shows_every_setting_that_exists(command, capsys, monkeypatch):
         keys = set(compose(name)) | (set(compose(name, ["benchmark=fastcomposer"])) if name == "eval" else set())
     mentioned = set(re.findall(r"(?<![\w/.])([a-z_]+)(?:\.[a-z_]+)?=(?!N)", shown))  # seed=N.png is a file
     assert mentioned <= keys, mentioned - keys
+
+
+def test_a_method_that_changed_the_prior_is_compared_with_the_prior_as_it_was(world, tmp_path):
+    prior = load_prior(str(world / "prior"))
+    install(prior.unet, FinetuneConfig(prior.image_encoder.dim, sinusoids=8))
+    with torch.no_grad():
+        prior.unet.conv_out.bias += 1.0
+    metadata = {"method": "finetune", "moa": prior.unet.moa.config.to_dict(), "prior": prior.identity, "step": 0}
+    export_personalized(tmp_path / "tuned.safetensors", personalized_state_dict(prior.unet), metadata)
+    quick = [f"probe={world / 'probe'}", "people=4", "contexts=1", "seeds=[0,1]", "pairs=0"]
+    for name, weights in (("moa", world / "weights.safetensors"), ("tuned", tmp_path / "tuned.safetensors")):
+        evaluate.run(composed("eval", world, *quick, f"weights={weights}", f"out={tmp_path / name}"))
+    drawn = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name / "pictures").glob("*-*-*.png")}
+        for name in ("moa", "tuned")
+    }
+    same = {name for name in drawn["moa"] if drawn["moa"][name] == drawn["tuned"][name]}
+    assert same == {f"prior-{noun}-0-{seed}.png" for noun in range(2) for seed in range(2)}

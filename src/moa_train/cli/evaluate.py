@@ -86,9 +86,13 @@ def run(cfg: DictConfig) -> None:
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))
-    pipe = MoAPipeline.from_pretrained(settings["prior"]["source"], settings["weights"], torch_dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    gallery, numbers = run_toy(pipe, probe, protocol)
+    source, weights = settings["prior"]["source"], settings["weights"]
+    pipe = prior = MoAPipeline.from_pretrained(source, weights, torch_dtype=dtype).to(device)
+    if pipe.unet.moa.config.trains_unet:
+        prior = MoAPipeline.from_pretrained(source, torch_dtype=dtype).to(device)
+    for each in (pipe, prior):
+        each.set_progress_bar_config(disable=True)
+    gallery, numbers = run_toy(pipe, probe, protocol, prior)
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
     save_pictures(out, gallery)

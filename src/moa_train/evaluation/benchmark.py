@@ -85,11 +85,13 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
     )
 
 
-def run_toy(pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol) -> tuple[Gallery, dict[str, Any]]:
-    """Generate and measure; `seconds` is the time of both."""
+def run_toy(
+    pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol, prior: MoAPipeline
+) -> tuple[Gallery, dict[str, Any]]:
+    """Generate (`prior`: see `make_gallery`) and measure; `seconds` is the time of both."""
     start = time.perf_counter()
     forget_peak(pipe.device)
-    gallery = make_gallery(pipe, protocol)
+    gallery = make_gallery(pipe, protocol, prior)
     memory = peak_memory(pipe.device)
     numbers = measure(gallery, probe, protocol)
     seconds = round(time.perf_counter() - start, 1)

@@ -144,8 +144,12 @@ def couples(people: int, pairs: int) -> list[tuple[int, int]]:
     return [(man, woman) if k % 2 == 0 else (woman, man) for k, (man, woman) in enumerate(mixed)]
 
 
-def make_gallery(pipe: MoAPipeline, protocol: ToyProtocol) -> Gallery:
-    """Generate every picture of the protocol; the prior's depend on the noun alone, so they are made once a noun."""
+def make_gallery(pipe: MoAPipeline, protocol: ToyProtocol, prior: MoAPipeline) -> Gallery:
+    """Generate every picture of the protocol; the prior's depend on the noun alone, so they are made once a noun.
+
+    Args:
+        prior: draws the prior's pictures: `pipe` itself, unless its method has changed the prior's own weights.
+    """
     people, places, seeds = held_out_people(protocol), CONTEXTS[: protocol.contexts], protocol.seeds
     grid = [(place, seed) for place in places for seed in seeds]
     draw, shape = _Drawing(pipe, protocol), (len(places), len(seeds))
@@ -155,14 +159,15 @@ def make_gallery(pipe: MoAPipeline, protocol: ToyProtocol) -> Gallery:
         [[(who.photo, who.mask)] for who in people for _ in grid],
         [seed for _ in people for _, seed in grid],
     ).reshape(len(people), *shape)
-    prior = draw(
+    alone = draw(
         "prior",
         [f"a photo of a {noun} {place}" for noun in NOUNS for place, _ in grid],
         [[] for _ in NOUNS for _ in grid],
         [seed for _ in NOUNS for _, seed in grid],
+        prior,
     ).reshape(len(NOUNS), *shape)
     pairs = _together(draw, people, places, protocol) if protocol.pairs else None
-    return Gallery(people, tuple(places), moa, prior, pairs, draw.seconds)
+    return Gallery(people, tuple(places), moa, alone, pairs, draw.seconds)
 
 
 def _together(draw: _Drawing, people: tuple[Person, ...], places: tuple[str, ...], protocol: ToyProtocol) -> np.ndarray:
@@ -187,12 +192,20 @@ class _Drawing:
         self.pipe, self.protocol = pipe, protocol
         self.seconds: dict[str, np.ndarray] = {}
 
-    def __call__(self, name: str, prompts: list[str], subjects: list[list[Any]], seeds: list[int]) -> np.ndarray:
+    def __call__(
+        self,
+        name: str,
+        prompts: list[str],
+        subjects: list[list[Any]],
+        seeds: list[int],
+        pipe: MoAPipeline | None = None,
+    ) -> np.ndarray:
+        pipe = pipe or self.pipe
         array, seconds = np.empty(len(prompts), dtype=object), np.empty(len(prompts))
         size, options = self.protocol.batch_size, self._options()
         for start in range(0, len(prompts), size):
             batch, begin = slice(start, start + size), time.perf_counter()
-            pictures = list(generate(self.pipe, prompts[batch], subjects[batch], seeds[batch], size, **options))
+            pictures = list(generate(pipe, prompts[batch], subjects[batch], seeds[batch], size, **options))
             seconds[batch] = (time.perf_counter() - begin) / len(pictures)
             for index, picture in enumerate(pictures, start):
                 array[index] = picture
