@@ -26,6 +26,8 @@ _SHOWN_EVALUATED = (
     "routing_iou",
 )  # fmt: skip
 """And of evaluations."""
+_MOST_SETTINGS = 8
+"""So many settings that differ are shown to people; of more, runs of different models say, the CSV file alone tells."""
 _PLACES = {"run_dir", "run_id", "runs", "ckpt", "group"}
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
@@ -201,11 +203,12 @@ def _page(runs: Sequence[RunRow]) -> Iterator[str]:
 def runs_table(runs: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows, one a run, for people."""
     names = _shown(name for run in runs for name in run.metrics)
-    heading = ["run", *runs[0].settings, "status", "steps", "time", *names]
+    settings = list(runs[0].settings) if len(runs[0].settings) <= _MOST_SETTINGS else []
+    heading = ["run", *settings, "status", "steps", "time", *names]
     rows = [
         [
             run.folder.name,
-            *run.settings.values(),
+            *(run.settings[key] for key in settings),
             run.status,
             str(run.step),
             "" if run.seconds is None else f"{run.seconds:.0f} s",

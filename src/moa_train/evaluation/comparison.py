@@ -109,10 +109,10 @@ def curves_figure(curves: Mapping[str, list[dict[str, str]]], path: Path) -> Non
 
     figure, axes = pyplot.subplots(1, len(_CURVES), figsize=(4.2 * len(_CURVES), 3.2), constrained_layout=True)
     for axis, (title, name) in zip(axes, _CURVES.items(), strict=True):
-        for run, rows in curves.items():
+        for number, (run, rows) in enumerate(curves.items()):  # a run has one colour in all panels
             points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run, color=f"C{number}")
         axis.set(title=title, xlabel="step")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
