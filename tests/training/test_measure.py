@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from moa_train.checkpoint import load_personalized
 from moa_train.cli.schema import ArgumentError
+from moa_train.cli.train import main
 
 # diffusers' UniPC, with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -14,8 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 QUICK = "evaluate={people:4,contexts:1,steps:1,split:validation}"
 
 
-def test_a_run_exports_and_measures_what_it_trained(world, tmp_path, capsys):
-    run = world.train(tmp_path / "run", "max_steps=1", QUICK)
+def test_a_run_exports_and_measures_what_it_trained(world, tmp_path, capsys, monkeypatch):
+    """By the command itself, in which Hydra is at work already."""
+    run = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["moa-train", *world.overrides("max_steps=1", QUICK, f"run_dir={run}")])
+    main()
     assert load_personalized(run / "personalized.safetensors")[1]["step"] == 1
     numbers = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert (numbers["protocol"]["split"], numbers["n"]["people"]) == ("validation", 4)

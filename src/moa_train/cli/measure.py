@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +33,25 @@ def evaluation_settings(cfg: DictConfig) -> DictConfig:
             f"evaluate is {chosen}; expected settings of moa-eval, such as {{people: 8}}, or {{}}, or null"
         )
     given = [f"{key}={value}" for key, value in chosen.items()]
-    given = read_arguments(given, config_dir(), "eval")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        settings = compose("eval", given)
+    with _beside_the_runs_hydra():
+        given = read_arguments(given, config_dir(), "eval")
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            settings = compose("eval", given)
     settings.prior.source = cfg.prior.source
     return settings
+
+
+@contextmanager
+def _beside_the_runs_hydra() -> Iterator[None]:
+    """Inside, another command's configuration can be composed: Hydra knows one at a time."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    instance = GlobalHydra.instance()
+    running, instance.hydra = instance.hydra, None
+    try:
+        yield
+    finally:
+        instance.hydra = running
 
 
 def measure(cfg: DictConfig, folder: Path) -> None:
