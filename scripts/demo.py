@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_train.evaluation.report import plain
+from moa_train.evaluation.report import plain, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUT = Path("data/toy"), Path("runs/demo")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _show(numbers: dict) -> None:
-    print(f"\n{plain(numbers)}")
+    print(f"\n{plain(table(numbers))}")
     print("\nLook at:")
     for name, what in (
         ("samples.png", "the prior's pictures, and the same with people it never saw put into them"),

@@ -1,6 +1,7 @@
 """Evaluations side by side: each picture in its place, each number with its interval."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 from moa_train.cli.collect import gather, write_tables
 from moa_train.data.sources.toyworld import identity
 from moa_train.evaluation.comparison import comparable, comparison_figure, numbers_table, save_pictures
-from moa_train.evaluation.gallery import Gallery, Person
+from moa_train.evaluation.gallery import Gallery, Person, ToyProtocol
 from moa_train.inference.pictures import Picture
 
 SIDE, GAP, CAPTION = 32, 4, 18
 CONTEXTS, SEEDS = ("at the beach", "in the desert"), (3, 8)
+PROTOCOL = ToyProtocol(seeds=SEEDS)
 
 
 def solid(*colour):
@@ -42,7 +44,7 @@ def colour_at(sheet, row, column):
 
 def test_columns_are_places_and_below_the_prior_each_method_has_a_row(tmp_path):
     for name, red in (("one", 100), ("two", 250)):
-        save_pictures(tmp_path / name, make_gallery(red))
+        save_pictures(tmp_path / name, make_gallery(red), PROTOCOL)
     sheet = comparison_figure({name: tmp_path / name for name in ("one", "two")}, side=SIDE)
     for person in range(2):
         assert colour_at(sheet, 3 * person, 1) == (90 + 50 * person,) * 3
@@ -53,9 +55,14 @@ def test_columns_are_places_and_below_the_prior_each_method_has_a_row(tmp_path):
 
 
 def test_only_evaluations_of_the_same_people_places_and_seeds_are_compared(tmp_path):
-    for name, seeds in (("one", SEEDS), ("other", (3, 9)), ("same", SEEDS)):
-        save_pictures(tmp_path / name, make_gallery(100, seeds))
-    folders = {name: tmp_path / name for name in ("one", "other", "same", "none")}
+    other = (
+        replace(PROTOCOL, seeds=(3, 9)),
+        replace(PROTOCOL, split="validation"),
+        replace(PROTOCOL, reference="portrait"),
+    )
+    for name, protocol in zip(("one", "a", "b", "c", "same"), (PROTOCOL, *other, PROTOCOL), strict=True):
+        save_pictures(tmp_path / name, make_gallery(100, protocol.seeds), protocol)
+    folders = {name: tmp_path / name for name in ("one", "a", "b", "c", "same", "none")}
     assert list(comparable(folders)) == ["one", "same"]
 
 
@@ -78,7 +85,7 @@ def test_the_table_has_a_column_for_each_and_an_empty_cell_for_what_was_not_meas
 def test_gathering_shows_evaluated_runs_side_by_side_with_curves_and_commands(tmp_path, trial):
     for number, (name, red) in enumerate((("moa", 100), ("fastcomposer", 250))):
         run = tmp_path / (str(number) if trial else name)
-        save_pictures(run / "evaluation", make_gallery(red))
+        save_pictures(run / "evaluation", make_gallery(red), PROTOCOL)
         (run / "evaluation" / "metrics.json").write_text(json.dumps(make_numbers(0.5, red == 100)))
         (run / "metrics.csv").write_text("step,val/identity_gap\n1,0.5\n2,0.75\n")
         given = [f"model={name}", "prior.source=a b"]
@@ -96,3 +103,18 @@ def test_gathering_shows_evaluated_runs_side_by_side_with_curves_and_commands(tm
         assert sheet.width > 3 * SIDE
         curves = np.asarray(figure.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(curves[np.ptp(curves, axis=1) > 60], axis=0)) > 2  # coloured lines
+
+
+def test_every_evaluation_of_every_run_has_its_column_whatever_runs_are_called(tmp_path):
+    for run, places in (("a/run", ("evaluation",)), ("b/run", ("", "again"))):
+        for place in places:
+            folder = tmp_path / run / place
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").write_text(json.dumps(make_numbers(0.5, True)))
+        OmegaConf.save(OmegaConf.create({"seed": run, "run_dir": run, "run_id": run}), tmp_path / run / "config.yaml")
+    photos = tmp_path / "b/run/photos"
+    photos.mkdir()
+    (photos / "metrics.json").write_text(json.dumps(make_numbers(0.5, False) | {"benchmark": "fastcomposer"}))
+    write_tables(gather(tmp_path), tmp_path)
+    assert "| | | a/run | b/run | b/run again |" in (tmp_path / "summary.md").read_text().splitlines()
+    assert not (tmp_path / "curves.png").exists()  # no run was validated

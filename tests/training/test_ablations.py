@@ -24,19 +24,41 @@ def test_the_page_names_every_ablation_that_the_configs_offer():
     assert len(set(OVERRIDES)) == len(OVERRIDES)
 
 
+def trained(world, run_dir, override):
+    """The pipeline of one step's weights."""
+    run(world.compose(world.overrides("max_steps=1", f"run_dir={run_dir}", "validate_every=null", override)))
+    out = run_dir / "personalized.safetensors"
+    export_checkpoint(run_dir / "checkpoints" / "last.ckpt", out, "float32")
+    pipe = MoAPipeline.from_pretrained(world.folder / "prior", out)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt, subjects, **control):
+    options = {"num_inference_steps": 1, "height": 16, "width": 16, "output_type": "pt"}
+    return pipe(prompt, subjects, generator=torch.Generator().manual_seed(0), **options, **control).images
+
+
+def photo():
+    return Image.effect_noise((32, 32), 90).convert("RGB"), torch.ones(32, 32).numpy()
+
+
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_an_ablation_trains_exports_and_generates(world, tmp_path, override):
     run_dir = tmp_path / "run"
     changed, value = override.split("=", 1)
-    run(world.compose(world.overrides("max_steps=1", f"run_dir={run_dir}", "validate_every=null", override)))
+    pipe = trained(world, run_dir, override)
     config = load(run_dir)["moa_train"]["config"]
     for key in changed.split("."):
         config = config[key]
     assert str(config).replace("'", "").replace(" ", "").lower() == value.replace(" ", "")
-    out = tmp_path / "personalized.safetensors"
-    export_checkpoint(run_dir / "checkpoints" / "last.ckpt", out, "float32")
-    pipe = MoAPipeline.from_pretrained(world.folder / "prior", out)
-    pipe.set_progress_bar_config(disable=True)
-    photo = Image.effect_noise((32, 32), 90).convert("RGB"), torch.ones(32, 32).numpy()
-    picture = pipe("a man <1> at sea", [photo], num_inference_steps=1, height=16, width=16, output_type="pt").images
-    assert picture.isfinite().all()
+    assert draw(pipe, "a man <1> at sea", [photo()]).isfinite().all()
+
+
+def test_without_routers_in_cross_attention_only_the_start_controls_the_subject(world, tmp_path):
+    pipe = trained(world, tmp_path / "run", "model.cross_attention=false")
+    for control in ({"subject_strength": 0.0}, {"routing_override": 0.0}, {"separate_subjects": True}):
+        with pytest.raises(ValueError, match="no router in its cross-attention"):
+            draw(pipe, "a man <1> at sea", [photo()], **control)
+    late = draw(pipe, "a man <1> at sea", [photo()], subject_start=1.0)
+    assert torch.equal(late, draw(pipe, "a man at sea", []))

@@ -37,7 +37,7 @@ class FastComposerConfig:
         """One fused token for all layers and timesteps."""
         return PostFuse(layers, text_dim, self.image_dim)
 
-    def processor(self, attn: Attention, layer: str) -> PriorProcessor:
+    def processor(self, attn: Attention, layer: str) -> PriorProcessor | MultimodalProcessor:
         """Attention over the fused prompt; self-attention as it was."""
         if not attn.is_cross_attention:
             return PriorProcessor()

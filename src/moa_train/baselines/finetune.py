@@ -32,6 +32,6 @@ class FinetuneConfig:
         """m_{t,l} as MoA has it."""
         return MultimodalTokens(layers, text_dim, self.image_dim, self.sinusoids, self.use_timestep, self.use_layer)
 
-    def processor(self, attn: Attention, layer: str) -> PriorProcessor:
+    def processor(self, attn: Attention, layer: str) -> PriorProcessor | MultimodalProcessor:
         """Attention over C_pers; self-attention as it was."""
         return MultimodalProcessor(layer) if attn.is_cross_attention else PriorProcessor()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa_train.model.attention import MoACall, PriorProcessor
-from moa_train.model.one_expert import projected
+from moa_train.model.one_expert import OneExpertProcessor, projected
 from moa_train.symbols import Conditioning
 
 
@@ -58,39 +58,27 @@ class ImageTokens(nn.Module):
         return repeat(tokens, "(b s) t d -> l b s (t d)", l=self.layers, b=len(features))
 
 
-class IPAdapterProcessor(nn.Module):
+class IPAdapterProcessor(OneExpertProcessor, nn.Module):
     """out = W_out (Attention(Q, K_text, V_text) + scale Attention(Q, K_image, V_image)); only K_image, V_image train.
 
     Both begin as copies of the text's. The image tokens of all subjects stand in one row; a sample without a subject,
     like the call's first `prior_rows` rows, has no image part.
     """
 
-    takes_moa = True
-
     def __init__(self, attn: Attention, layer: str, scale: float) -> None:
         super().__init__()
         self.layer, self.scale = layer, scale
         self.key, self.value = (copy.deepcopy(linear).requires_grad_(True) for linear in (attn.to_k, attn.to_v))
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Float[Tensor, "b n d"],
-        encoder_hidden_states: Float[Tensor, "b k _d"] | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        moa: MoACall | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """The layer's output."""
-        assert encoder_hidden_states is not None, "cross-attention only"
-        if moa is None or not moa.active or moa.conditioning.prior_rows == len(hidden_states):
-            return PriorProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+    def mixed(
+        self, attn: Attention, hidden: Float[Tensor, "b n d"], tokens: Float[Tensor, "b k _d"], moa: MoACall
+    ) -> Float[Tensor, "b heads n c"]:
+        """The sum of both attentions."""
         skip = moa.conditioning.prior_rows
-        query, key, value = projected(attn, hidden_states, encoder_hidden_states)
+        query, key, value = projected(attn, hidden, tokens)
         mixed = F.scaled_dot_product_attention(query, key, value)
         image = self._image(query[skip:], moa.subject_tokens[self.layer], moa.conditioning.subject_present[skip:])
-        mixed = torch.cat([mixed[:skip], mixed[skip:] + self.scale * image])
-        return attn.to_out[0](rearrange(mixed, "b heads n d -> b n (heads d)"))
+        return torch.cat([mixed[:skip], mixed[skip:] + self.scale * image])
 
     def _image(
         self, query: Float[Tensor, "b heads n c"], tokens: Float[Tensor, "b s td"], present: Bool[Tensor, "b s"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from moa_train.cli.compare import compared
+from moa_train.cli.compare import compared, evaluations_of
 from moa_train.cli.trials import FINISHED, Record, read_record
 from moa_train.training.rows import last_values
 
@@ -73,9 +72,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _row(folder: Path, record: Record | None, settings: dict[str, str]) -> RunRow:
     metrics = last_values(folder / "metrics.csv")
     step = int(metrics.pop("step", 0))
-    for path in sorted([*folder.glob("metrics.json"), *folder.glob("*/metrics.json")]):
-        place = "" if path.parent == folder else f"{path.parent.name}/"
-        metrics |= {place + name: value for name, value in _numbers(json.loads(path.read_text()))}
+    for place, numbers in evaluations_of(folder).items():
+        metrics |= {f"{place}/{name}" if place else name: value for name, value in _numbers(numbers)}
     if record is None:
         return RunRow(folder, settings, "", step, None, metrics)
     return RunRow(folder, settings, record.status, step, record.seconds, metrics, record.error)

@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> None:
     from moa_train.evaluation.benchmark import run_toy
     from moa_train.evaluation.comparison import save_pictures
     from moa_train.evaluation.gallery import ToyProtocol
-    from moa_train.evaluation.report import plain, write_report
+    from moa_train.evaluation.report import plain, table, write_report
     from moa_train.inference.device import device_and_dtype
     from moa_train.inference.pipeline import MoAPipeline
     from moa_train.prior.probe import load_probe
@@ -95,9 +95,9 @@ def run(cfg: DictConfig) -> None:
     gallery, numbers = run_toy(pipe, probe, protocol, prior)
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
-    save_pictures(out, gallery)
+    save_pictures(out, gallery, protocol)
     OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
-    print(plain(numbers))
+    print(plain(table(numbers)))
     print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}")
 
 

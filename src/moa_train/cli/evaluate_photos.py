@@ -20,6 +20,7 @@ def run(cfg: DictConfig) -> None:
     from moa_train.evaluation.photo_prompts import read_templates
     from moa_train.evaluation.photo_subjects import read_subjects
     from moa_train.evaluation.photos import run_photos
+    from moa_train.evaluation.report import plain
     from moa_train.inference.device import device_and_dtype
     from moa_train.inference.pictures import file_hash
     from moa_train.inference.pipeline import MoAPipeline
@@ -52,5 +53,5 @@ def run(cfg: DictConfig) -> None:
     sheet = photo_report.samples_figure(subjects, shots, without, folder)
     photo_report.write_report(out, numbers, sheet)
     OmegaConf.save(cfg, out / "eval.yaml")
-    print(photo_report.plain(numbers))
+    print(plain(photo_report.table(numbers)))
     print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}, {folder}")

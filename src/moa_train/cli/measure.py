@@ -60,6 +60,6 @@ def measure(cfg: DictConfig, folder: Path) -> None:
     from moa_train.training.export import export_checkpoint
 
     settings, weights = evaluation_settings(cfg), folder / WEIGHTS
-    export_checkpoint(folder / "checkpoints" / "last.ckpt", weights, "float16", True, None, folder / "metrics.csv")
+    export_checkpoint(folder / "checkpoints" / "last.ckpt", weights, dtype="float16", metrics=folder / "metrics.csv")
     settings.weights, settings.out = str(weights), str(folder / EVALUATION)
     evaluate.run(settings)

@@ -1,4 +1,4 @@
-"""Several evaluations side by side: the same person, place and seed by each method, numbers with intervals, curves."""
+"""Several evaluations side by side: the same person, place and seed by each method, numbers with intervals."""
 
 from __future__ import annotations
 
@@ -7,43 +7,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from moa_train.data.sources.toyworld import NOUNS
-from moa_train.evaluation.gallery import Gallery
+from moa_train.evaluation.gallery import Gallery, ToyProtocol
 from moa_train.evaluation.report import table
 from moa_train.inference.pictures import contact_sheet, text_tile
 
 PICTURES, GRID = "pictures", "grid.json"
 """Folder of an evaluation with every picture of it by itself, and in it what the numbers in their names stand for."""
 
-_CURVES = {
-    "identity gap, held-out people": "val/identity_gap",
-    "masked loss, held-out people": "val/masked",
-    "R_0 inside the subject": "val/routing_inside",
-    "R_0 outside the subject": "val/routing_outside",
-}
 
-
-def save_pictures(out: Path, gallery: Gallery) -> None:
+def save_pictures(out: Path, gallery: Gallery, protocol: ToyProtocol) -> None:
     """Write photo-PERSON.png, PERSON-CONTEXT-SEED.png and prior-NOUN-CONTEXT-SEED.png into `out`/pictures."""
     folder = out / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
     for number, person in enumerate(gallery.people):
         Image.fromarray(person.photo).save(folder / f"photo-{number}.png")
     for prefix, pictures in (("", gallery.moa), ("prior-", gallery.prior)):
-        for (subject, context, seed), picture in _enumerated(pictures):
+        for (subject, context, seed), picture in np.ndenumerate(pictures):
             picture.image.save(folder / f"{prefix}{subject}-{context}-{seed}.png")
-    seeds = [picture.seed for picture in gallery.moa[0, 0]]
-    people = [person.identity.noun for person in gallery.people]
-    (folder / GRID).write_text(json.dumps({"people": people, "contexts": gallery.contexts, "seeds": seeds}) + "\n")
-
-
-def _enumerated(pictures: Any) -> Iterator[tuple[tuple[int, int, int], Any]]:
-    for subject, of_subject in enumerate(pictures):
-        for context, of_context in enumerate(of_subject):
-            for seed, picture in enumerate(of_context):
-                yield (subject, context, seed), picture
+    grid = {
+        "split": protocol.split,
+        "reference": protocol.reference,
+        "people": [person.identity.noun for person in gallery.people],
+        "contexts": gallery.contexts,
+        "seeds": protocol.seeds,
+    }
+    (folder / GRID).write_text(json.dumps(grid) + "\n")
 
 
 def comparable(evaluations: Mapping[str, Path]) -> dict[str, Path]:
@@ -98,24 +90,3 @@ def numbers_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
         asked = question
         cells = ["{:.3g} [{:.3g}, {:.3g}]".format(*values[key]) if key in values else "" for values in found.values()]
         yield f"| | {whose} | {' | '.join(cells)} |"
-
-
-def curves_figure(curves: Mapping[str, list[dict[str, str]]], path: Path) -> None:
-    """Draw the validation curves of runs (title -> rows of its metrics.csv) into one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(_CURVES), figsize=(4.2 * len(_CURVES), 3.2), constrained_layout=True)
-    for axis, (title, name) in zip(axes, _CURVES.items(), strict=True):
-        for number, (run, rows) in enumerate(curves.items()):  # a run has one colour in all panels
-            points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run, color=f"C{number}")
-        axis.set(title=title, xlabel="step")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    pyplot.close(figure)

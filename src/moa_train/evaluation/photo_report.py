@@ -12,7 +12,7 @@ from PIL import Image
 from moa_train.checkpoint import atomic_write
 from moa_train.evaluation.photo_shots import Shot, read_shot
 from moa_train.evaluation.photo_subjects import PhotoSubject
-from moa_train.evaluation.report import method_title
+from moa_train.evaluation.report import Line, markdown_table, method_title
 from moa_train.inference.pictures import contact_sheet, save_png, subjects_tile, text_tile
 
 _TABLE = (
@@ -32,8 +32,8 @@ _TABLE = (
 )  # fmt: skip
 
 
-def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float, float]]:
-    """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval."""
+def table(numbers: Mapping[str, Any]) -> list[Line]:
+    """The lines of the report."""
     return [
         (
             question,
@@ -46,16 +46,6 @@ def table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, float, float,
         for whose, leaf in lines
         if (name := f"{group}.{leaf}") in numbers["intervals"]
     ]
-
-
-def plain(numbers: Mapping[str, Any]) -> str:
-    """The table for a terminal."""
-    lines: list[str] = []
-    for question, measure, whose, mean, low, high in table(numbers):
-        asked = f"{question} ({measure})"
-        lines += [] if asked in lines else [asked]
-        lines.append(f"   {whose:46} {mean:9.4f}   95 %: {low:.4f} to {high:.4f}")
-    return "\n".join(lines)
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
@@ -71,14 +61,8 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         "",
         f"Prompts: {numbers['clip']}. Faces: {numbers['embedder']}.",
         "",
-        "| | | mean | 95 % interval |",
-        "|---|---|---|---|",
+        *markdown_table(table(numbers)),
     ]
-    asked = None
-    for question, measure, whose, mean, low, high in table(numbers):
-        lines += [] if question == asked else [f"| **{question}** | {measure} | | |"]
-        asked = question
-        lines.append(f"| | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
     lines += ["", "| | prompt | identity | face found |", "|---|---|---|---|"]
     for category, own in numbers["by_category"].items():
         values = (own[group]["moa"] for group in ("prompt_consistency", "identity", "face_found"))

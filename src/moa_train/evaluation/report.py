@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -97,35 +97,46 @@ _TABLE = (
 )  # fmt: skip
 
 
-def table(numbers: Mapping[str, Any], title: str | None = None) -> list[tuple[str, str, str, float, float, float]]:
-    """The rows of the report: (question, measure, whose, mean, low, high), the last two a 95 % interval.
+Line: TypeAlias = tuple[str, str, str, float, float, float]
+"""Of a report: question, measure, whose, mean, and the ends of its 95 % interval."""
 
-    What was not measured (routing, of a method without a router) has no row. title: the method's name in the rows.
+
+def table(numbers: Mapping[str, Any], title: str | None = None) -> list[Line]:
+    """The lines of the report. title: the method's name in them.
+
+    What was not measured (routing, of a method without a router) has no line.
     """
+    name_of_method = title or method_title(numbers)
     return [
-        (
-            question,
-            measure,
-            whose.replace("MoA", title or method_title(numbers)),
-            _value(numbers, name),
-            *_interval(numbers, name),
-        )
+        (question, measure, whose.replace("MoA", name_of_method), _value(numbers, name), *numbers["intervals"][name])
         for question, measure, lines in _TABLE
         for whose, name in lines
         if name in numbers["intervals"]
     ]
 
 
-def plain(numbers: Mapping[str, Any]) -> str:
-    """The table for a terminal: a question, and below it one line for each whose answer it is."""
+def plain(table: Sequence[Line]) -> str:
+    """A table for a terminal: a question, and below it one line for each whose answer it is."""
     lines: list[str] = []
     asked = None
-    for question, measure, whose, mean, low, high in table(numbers):
+    for question, measure, whose, mean, low, high in table:
         if question != asked:
             lines += ["", f"{question} ({measure})"]
         asked = question
         lines.append(f"   {whose:46} {mean:9.4f}   95 %: {low:.4f} to {high:.4f}")
     return "\n".join(lines[1:])
+
+
+def markdown_table(table: Sequence[Line]) -> list[str]:
+    """The same in Markdown."""
+    lines = ["| | | mean | 95 % interval |", "|---|---|---|---|"]
+    asked = None
+    for question, measure, whose, mean, low, high in table:
+        if question != asked:
+            lines.append(f"| **{question}** | {measure} | | |")
+        asked = question
+        lines.append(f"| | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
+    return lines
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
@@ -138,16 +149,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         f"({protocol['steps']} steps, guidance {protocol['guidance']:g}), each beside the prior's picture of the "
         f"same prompt and seed. {numbers['seconds']:g} s.",
         "",
-        "| | | mean | 95 % interval |",
-        "|---|---|---|---|",
-    ]
-    asked = None
-    for question, measure, whose, mean, low, high in table(numbers):
-        if question != asked:
-            lines.append(f"| **{question}** | {measure} | | |")
-        asked = question
-        lines.append(f"| | {whose} | {mean:.4g} | {low:.4g} – {high:.4g} |")
-    lines += [
+        *markdown_table(table(numbers)),
         "",
         *_memory(numbers),
         "Intervals: bootstrap over people (pairs of them; batches for seconds), jackknife for the Fréchet distance.",
@@ -235,8 +237,3 @@ def _value(numbers: Mapping[str, Any], name: str) -> float:
     for key in name.split("."):
         value = value[key]
     return float(value)
-
-
-def _interval(numbers: Mapping[str, Any], name: str) -> tuple[float, float]:
-    low, high = numbers["intervals"][name]
-    return low, high

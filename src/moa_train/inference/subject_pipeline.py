@@ -13,6 +13,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moa_train.conditioning.encoders import ImageEncoder
 from moa_train.inference.controls import Controls
 from moa_train.inference.folder import read_own_parts, save_pipeline
 from moa_train.inference.guards import KeepsAttention, refuse_options
@@ -49,7 +50,7 @@ class SubjectPipeline(KeepsAttention):
         prior: str | Path,
         weights: str | Path | None = None,
         torch_dtype: torch.dtype = torch.float32,
-        image_encoder: nn.Module | None = None,
+        image_encoder: ImageEncoder | None = None,
         **parts: Any,
     ) -> _Pipe:
         """Load a prior and put personalized weights on it; the scheduler is UniPC, made from the prior's own.
@@ -68,8 +69,7 @@ class SubjectPipeline(KeepsAttention):
         """
         own = read_own_parts(Path(prior)) if weights is None else {}
         encoder = image_encoder or own.get("image_encoder")
-        options = {} if encoder is None else {"image_encoder": encoder}
-        loaded, provenance = load_personalized_prior(prior, own.get("weights", weights), **options)
+        loaded, provenance = load_personalized_prior(prior, own.get("weights", weights), encoder)
         # Both values are what the parent would set, with a deprecation warning each.
         settings = {**loaded.scheduler.config, "steps_offset": 1, "clip_sample": False}
         pipe = cls(
@@ -161,9 +161,12 @@ class SubjectPipeline(KeepsAttention):
         positive, negative = self._encode(texts, negative_prompt, options)
         conditioning = self._conditioning(prompts, chosen, positive, negative, num_images_per_prompt)
         control = controls.bind(prompts, num_images_per_prompt, attention_layers(self.unet))
-        if (control is not None or separate_subjects) and not isinstance(self.unet.moa.config, MoAConfig):
+        method = self.unet.moa.config
+        routed = isinstance(method, MoAConfig) and method.cross_attention
+        if (control is not None or separate_subjects) and not routed:
+            where = " in its cross-attention" if isinstance(method, MoAConfig) else ""
             raise ValueError(
-                f"these weights are of {self.unet.moa.config.name}, which has no router: only subject_start controls it"
+                f"these weights are of {method.name}, which has no router{where}: only subject_start controls it"
             )
         owners = slot_owners([one.owners for one in prompts], num_images_per_prompt) if separate_subjects else None
         call = MoACall(conditioning, record=record_routing or owners is not None, control=control)

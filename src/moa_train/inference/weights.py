@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from moa_train.checkpoint import LOCAL, load_personalized
-from moa_train.conditioning.encoders import build_image_encoder
+from moa_train.conditioning.encoders import ImageEncoder, build_image_encoder
 from moa_train.methods import method_of
 from moa_train.model.unet import install, load_personalized_state_dict
 from moa_train.prior.load import Prior, load_prior
@@ -26,31 +27,29 @@ def weights_path(weights: str | Path) -> Path:
 
 
 def load_personalized_prior(
-    prior: str | Path, weights: str | Path | None, **options: Any
+    prior: str | Path, weights: str | Path | None, image_encoder: ImageEncoder | None = None
 ) -> tuple[Prior, dict[str, Any]]:
     """A prior with MoA on it, and the metadata of the weights (empty without weights).
 
     Args:
         prior: "toy", a folder in the Stable Diffusion format, or a hub id.
         weights: see `weights_path`; None for the prior alone.
-        options: passed to `load_prior`; the image encoder is the one of the training unless given here.
+        image_encoder: used instead of the one of the training.
 
     Raises:
         ValueError: weights of another architecture, a damaged file, an unknown prior.
     """
     if weights is None:
-        return load_prior(str(prior), **options), {}
+        return load_prior(str(prior), image_encoder), {}
     path = weights_path(weights)
     state, metadata = load_personalized(path)
-    given = "image_encoder" in options
-    if not given:
-        options |= _trained_image_encoder(metadata)
-    parts = load_prior(str(prior), **options)
+    trained_with = None if image_encoder is not None else metadata.get("config", {}).get("image_encoder")
+    if trained_with is not None:
+        image_encoder = _image_encoder(trained_with)
+    parts = load_prior(str(prior), image_encoder)
     try:
-        if not given and "image_encoder" not in options:  # the prior's own stands in
-            parts.image_encoder.unfreeze(
-                (metadata.get("config", {}).get("image_encoder") or {}).get("trainable_layers", 0)
-            )
+        if trained_with is not None and image_encoder is None:
+            parts.image_encoder.unfreeze(trained_with["trainable_layers"])
         install(parts.unet, method_of(metadata))
         fill_moa(parts, state, metadata)
     except ValueError as error:
@@ -59,22 +58,19 @@ def load_personalized_prior(
     return parts, metadata
 
 
-def _trained_image_encoder(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The image encoder of the training as an option of `load_prior`; none for the prior's own.
+def _image_encoder(trained_with: Mapping[str, Any]) -> ImageEncoder | None:
+    """The image encoder of the training.
 
-    One that lay in a folder of its own has lost its place in the export: the prior's own stands in, with a warning.
+    None, with a warning, where it lay in a folder of its own, whose place an export does not tell.
     """
-    chosen = metadata.get("config", {}).get("image_encoder")
-    if chosen is None:
-        return {}
-    if chosen["name"].startswith(LOCAL) and not Path(chosen["name"]).exists():
+    if trained_with["name"].startswith(LOCAL) and not Path(trained_with["name"]).exists():
         logger.warning(
             "the weights were trained with an image encoder of their own (%s) and get the prior's: unless it is the "
             "same one, give it as image_encoder=build_image_encoder(FOLDER)",
-            chosen["name"],
+            trained_with["name"],
         )
-        return {}
-    return {"image_encoder": build_image_encoder(chosen["name"], chosen["pretrained"], chosen["trainable_layers"])}
+        return None
+    return build_image_encoder(trained_with["name"], trained_with["pretrained"], trained_with["trainable_layers"])
 
 
 def fill_moa(parts: Prior, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

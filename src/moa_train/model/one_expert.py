@@ -12,15 +12,14 @@ from torch.nn import functional as F
 from moa_train.model.attention import MoACall, PriorProcessor, subject_attention
 
 
-class MultimodalProcessor(PriorProcessor):
-    """Cross-attention over C_pers, with the weights of the `Attention` that it serves; A_s is recorded where asked for.
+class OneExpertProcessor:
+    """Cross-attention that sees subjects, with the weights of the `Attention` that it serves.
 
-    Without `moa`, or for the call's first `prior_rows` rows, over the text alone.
+    Without `moa`, or where none of its rows sees a subject, the prior's over the text alone. What is not inherited:
+    `mixed`, the heads' output otherwise.
     """
 
-    def __init__(self, layer: str, record: bool = True) -> None:
-        super().__init__()
-        self.layer, self.record = layer, record
+    takes_moa = True
 
     def __call__(
         self,
@@ -34,15 +33,34 @@ class MultimodalProcessor(PriorProcessor):
         """The layer's output."""
         assert encoder_hidden_states is not None, "cross-attention only"
         if moa is None or not moa.active or moa.conditioning.prior_rows == len(hidden_states):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return PriorProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        mixed = self.mixed(attn, hidden_states, encoder_hidden_states, moa)
+        return attn.to_out[0](rearrange(mixed, "b heads n c -> b n (heads c)"))
+
+    def mixed(
+        self, attn: Attention, hidden: Float[Tensor, "b n d"], tokens: Float[Tensor, "b k _d"], moa: MoACall
+    ) -> Float[Tensor, "b heads n c"]:
+        """Attention over text and subjects, by head; the call's first `prior_rows` rows see the text alone."""
+        raise NotImplementedError
+
+
+class MultimodalProcessor(OneExpertProcessor):
+    """Cross-attention over C_pers; A_s is recorded where asked for."""
+
+    def __init__(self, layer: str, record: bool = True) -> None:
+        self.layer, self.record = layer, record
+
+    def mixed(
+        self, attn: Attention, hidden: Float[Tensor, "b n d"], tokens: Float[Tensor, "b k _d"], moa: MoACall
+    ) -> Float[Tensor, "b heads n c"]:
+        """Attention(Z, C_pers)."""
         skip = moa.conditioning.prior_rows
-        subjects = moa.personalized_tokens(self.layer, encoder_hidden_states[skip:])
-        query, key, value = projected(attn, hidden_states, torch.cat([encoder_hidden_states[:skip], subjects]))
+        subjects = moa.personalized_tokens(self.layer, tokens[skip:])
+        query, key, value = projected(attn, hidden, torch.cat([tokens[:skip], subjects]))
         if moa.record and self.record:
             assert moa.subject_slots is not None
             moa.subject_attention[self.layer] = subject_attention(query[skip:], key[skip:], moa.subject_slots)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[0](rearrange(mixed, "b heads n d -> b n (heads d)"))
+        return F.scaled_dot_product_attention(query, key, value)
 
 
 def projected(

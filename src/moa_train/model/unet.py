@@ -77,8 +77,8 @@ class MoAConfig:
         """m_{t,l} for each cross-attention layer."""
         return MultimodalTokens(layers, text_dim, self.image_dim, self.sinusoids, self.use_timestep, self.use_layer)
 
-    def processor(self, attn: Attention, layer: str) -> MoAProcessor | PriorProcessor:
-        """Two experts and a router, or the prior alone."""
+    def processor(self, attn: Attention, layer: str) -> MoAProcessor | MultimodalProcessor | PriorProcessor:
+        """Two experts and a router; or the prior alone, without or with the photo in its prompt."""
         if any(_begins(layer, name) for name in self.exclude):
             return PriorProcessor()
         if not attn.is_cross_attention and not self.self_attention:
