@@ -41,7 +41,7 @@ def steps() -> list[Step]:
         Step(f"Train MoA for {STEPS} more steps, from weights that were trained for longer and ship with this package",
              WEIGHTS, "moa_train.train",
              ("experiment=toy", start, f"run_dir={OUT}", f"max_steps={STEPS}", "optim.lr=2e-4",
-              "loss.router.weight=0.1", "loss.router.warmup=0.0", "loss.router.ramp=0.0",
+              "loss.mask_warmup=0.0", "loss.router.warmup=0.0", "loss.router.ramp=0.0",
               f"validate_every={STEPS // 2}")),
         Step("Export what was trained", WEIGHTS, "moa_train.export", (f"ckpt={checkpoint}", f"out={WEIGHTS}")),
         Step("Draw people that training never saw, and measure", OUT / "metrics.json", "moa_train.eval",

@@ -10,9 +10,10 @@ from PIL import Image
 
 from moa_train.data.sources.toyworld import CONTEXTS, IDENTITY_DIM, NOUNS
 from moa_train.evaluation import benchmark
+from moa_train.evaluation.clip_score import ClipScore
 from moa_train.evaluation.gallery import Gallery, ToyProtocol, held_out_people
 from moa_train.evaluation.report import markdown, routing_figure, samples_figure, table, write_report
-from moa_train.evaluation.seen import look, pixels_of
+from moa_train.evaluation.seen import look
 from moa_train.inference.pictures import Picture
 from moa_train.prior.probe import Probe
 
@@ -37,6 +38,21 @@ class Oracle(Probe):
     def identity(self, crops):
         numbers = (crops[:, 2].mean((1, 2)) * 255).round().long().tolist()
         return torch.stack([vector(self.people, number) for number in numbers])
+
+
+class Reader(ClipScore):
+    """In place of CLIP: 1 for a text that names the picture's place, 0.25 more for the noun of its person."""
+
+    def __init__(self, people):
+        self.people = people
+
+    def __call__(self, images, texts):
+        codes = [np.asarray(image)[0, 0] for image in images]
+        nouns = ["nobody" if number == NOBODY else self.people[number].identity.noun for *_, number in codes]
+        return torch.tensor([
+            float(text.endswith(CONTEXTS[code[1]])) + 0.25 * (f"a photo of a {noun} " in text)
+            for code, noun, text in zip(codes, nouns, texts, strict=True)
+        ])  # fmt: skip
 
 
 def vector(people, number):
@@ -72,8 +88,8 @@ def gallery():
 @pytest.fixture(scope="module")
 def numbers(gallery):
     patch = pytest.MonkeyPatch()
-    patch.setattr(benchmark, "_real_scenes", lambda gallery, stream: pixels_of(gallery.moa))
-    measured = benchmark.measure(gallery, Oracle(gallery.people), PROTOCOL)
+    patch.setattr(benchmark, "_real_scenes", lambda gallery, stream: [np.asarray(p.image) for p in gallery.moa.flat])
+    measured = benchmark.measure(gallery, Oracle(gallery.people), Reader(gallery.people), PROTOCOL)
     patch.undo()
     return {
         **measured,
@@ -81,6 +97,10 @@ def numbers(gallery):
         "protocol": {"contexts": 3, "seeds": [4, 5], "steps": 2, "guidance": 3.0, "split": "test"},
         "seconds": 1.0,
     }
+
+
+def test_each_picture_is_scored_with_its_own_prompt_and_with_that_of_another_place(numbers):
+    assert numbers["clip_score"] == {"moa": 1.25, "prior": 1.0, "real": 1.25, "other_place": 0.25}
 
 
 def cosine(first, second):
@@ -166,12 +186,14 @@ def test_the_report_is_written_whole(gallery, numbers, tmp_path):
 def test_a_method_without_a_router_is_measured_and_reported_under_its_name_without_routing(
     gallery, numbers, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(benchmark, "_real_scenes", lambda gallery, stream: pixels_of(gallery.moa))
+    monkeypatch.setattr(
+        benchmark, "_real_scenes", lambda gallery, stream: [np.asarray(p.image) for p in gallery.moa.flat]
+    )
     moa = gallery.moa.copy()
     for place, picture_ in np.ndenumerate(moa):
         moa[place] = replace(picture_, steps=None)
     unrouted = replace(gallery, moa=moa)
-    measured = benchmark.measure(unrouted, Oracle(gallery.people), PROTOCOL)
+    measured = benchmark.measure(unrouted, Oracle(gallery.people), Reader(gallery.people), PROTOCOL)
     assert "routing_iou" not in measured
     assert measured["context_difference"] == numbers["context_difference"]
     write_report(

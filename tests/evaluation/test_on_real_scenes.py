@@ -8,6 +8,7 @@ from PIL import Image
 
 from moa_train.data.sources.toyworld import CONTEXTS, NOUNS, draw_scene, identity
 from moa_train.evaluation import benchmark
+from moa_train.evaluation.clip_score import ClipScore
 from moa_train.evaluation.gallery import Gallery, ToyProtocol, held_out_people, lineup
 from moa_train.inference.pictures import Picture
 from moa_train.prior.load import toy_prior_folder
@@ -28,6 +29,11 @@ def scene(who, context, seed):
 
 
 @pytest.fixture(scope="module")
+def clip():
+    return ClipScore("toy")
+
+
+@pytest.fixture(scope="module")
 def gallery():
     """What a perfect method would draw: the person in the very scene of the prior, which draws somebody."""
     people = held_out_people(PROTOCOL)
@@ -41,8 +47,8 @@ def gallery():
 
 
 @pytest.fixture(scope="module")
-def numbers(gallery, probe):
-    return benchmark.measure(gallery, probe, PROTOCOL)
+def numbers(gallery, probe, clip):
+    return benchmark.measure(gallery, probe, clip, PROTOCOL)
 
 
 def test_real_people_are_identified_and_the_prior_is_not(numbers):
@@ -55,9 +61,9 @@ def test_real_people_are_identified_and_the_prior_is_not(numbers):
     assert numbers["rank1"]["prior"] < 0.1
 
 
-def test_people_drawn_for_one_another_are_not_identified(gallery, probe, numbers):
+def test_people_drawn_for_one_another_are_not_identified(gallery, probe, clip, numbers):
     shuffled = replace(gallery, moa=np.roll(gallery.moa, 1, axis=0))
-    measured = benchmark.measure(shuffled, probe, PROTOCOL)
+    measured = benchmark.measure(shuffled, probe, clip, PROTOCOL)
     assert measured["rank1"]["moa"] < 0.1
     assert measured["rank5"]["moa"] < 0.25
     assert abs(measured["identity"]["moa"]) < 0.3
@@ -74,6 +80,13 @@ def test_the_same_context_behind_other_people_is_the_same_by_every_measure(numbe
     assert numbers["context_features"]["other_seed"] > 0.02
 
 
+def test_clip_knows_real_scenes_by_their_prompts_and_not_by_those_of_other_places(numbers):
+    assert numbers["clip_score"]["moa"] == pytest.approx(numbers["clip_score"]["real"], abs=0.1)
+    assert numbers["clip_score"]["moa"] > 0.6
+    assert numbers["clip_score"]["prior"] > 0.5  # drawn, too
+    assert numbers["clip_score"]["other_place"] < 0.2
+
+
 def test_places_and_sizes_spread_as_those_drawn(numbers, gallery):
     centres = []
     for c, g in np.ndindex(4, 2):
@@ -86,18 +99,18 @@ def test_places_and_sizes_spread_as_those_drawn(numbers, gallery):
     assert numbers["size_spread"]["moa"] == pytest.approx(numbers["size_spread"]["prior"], rel=0.2)
 
 
-def test_a_method_that_ignores_the_seed_has_no_spread_and_nobody_has_no_place(gallery, probe):
+def test_a_method_that_ignores_the_seed_has_no_spread_and_nobody_has_no_place(gallery, probe, clip):
     frozen = gallery.moa.copy()
     frozen[:, :, 1] = frozen[:, :, 0]
     empty = Picture(Image.fromarray(draw_scene(np.random.default_rng(0), [], CONTEXTS[0]).image), 0, None)
     for place in np.ndindex(2, 4, 2):  # the men
         frozen[place] = empty
-    measured = benchmark.measure(replace(gallery, moa=frozen), probe, PROTOCOL)
+    measured = benchmark.measure(replace(gallery, moa=frozen), probe, clip, PROTOCOL)
     assert measured["person_found"]["moa"] == 0.5
     assert measured["rank5"]["moa"] <= 0.5
     assert measured["position_spread"]["moa"] == measured["size_spread"]["moa"] == measured["diversity"]["moa"] == 0.0
     assert measured["position_spread"]["prior"] > 0.02
-    measured = benchmark.measure(replace(gallery, moa=frozen[[0, 1, 0, 1]]), probe, PROTOCOL)
+    measured = benchmark.measure(replace(gallery, moa=frozen[[0, 1, 0, 1]]), probe, clip, PROTOCOL)
     assert measured["person_found"]["moa"] == measured["rank5"]["moa"] == measured["identity"]["moa"] == 0.0
     assert measured["position_spread"].keys() == {"prior", "real"}
 

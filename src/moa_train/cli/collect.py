@@ -22,7 +22,7 @@ _SHOWN = ("val/identity_gap", "val/masked", "val/routing_inside", "val/routing_o
 """What a table for people shows of a run's metrics; the CSV file has them all."""
 _SHOWN_EVALUATED = (
     "identity.moa", "identity.wrong_subject", "rank1.moa", "context_difference.moa", "context_accuracy.moa",
-    "routing_iou",
+    "clip_score.moa", "routing_iou",
 )  # fmt: skip
 """And of evaluations."""
 _MOST_SETTINGS = 8

@@ -74,6 +74,7 @@ def run(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from moa_train.evaluation.benchmark import run_toy
+    from moa_train.evaluation.clip_score import ClipScore
     from moa_train.evaluation.comparison import save_pictures
     from moa_train.evaluation.gallery import ToyProtocol
     from moa_train.evaluation.report import plain, table, write_report
@@ -86,13 +87,14 @@ def run(cfg: DictConfig) -> None:
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))
+    clip = ClipScore(**settings["clip"], device=str(device))
     source, weights = settings["prior"]["source"], settings["weights"]
     pipe = prior = MoAPipeline.from_pretrained(source, weights, torch_dtype=dtype).to(device)
     if pipe.unet.moa.config.trains_unet:
         prior = MoAPipeline.from_pretrained(source, torch_dtype=dtype).to(device)
     for each in (pipe, prior):
         each.set_progress_bar_config(disable=True)
-    gallery, numbers = run_toy(pipe, probe, protocol, prior)
+    gallery, numbers = run_toy(pipe, probe, clip, protocol, prior)
     out = Path(settings["out"])
     write_report(out, gallery, numbers)
     save_pictures(out, gallery, protocol)

@@ -6,6 +6,7 @@ Where a person is in a generated picture is told by the probe's segmenter, train
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from moa_train.data.sources.toyworld import NOUNS, draw_scene
 from moa_train.evaluation import metrics
+from moa_train.evaluation.clip_score import ClipScore
 from moa_train.evaluation.cost import forget_peak, measure_seconds, peak_memory
 from moa_train.evaluation.gallery import FLOOR_STREAM, REAL_STREAM, Gallery, ToyProtocol, lineup, make_gallery
 from moa_train.evaluation.pairs import measure_pairs
@@ -56,11 +59,13 @@ def compared_rows(gallery: Gallery) -> Rows:
     return Rows(person, context, first + seed, first + (seed + 1) % seeds, wrong, swapped)
 
 
-def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, Any]:
+def measure(gallery: Gallery, probe: Probe, clip: ClipScore, protocol: ToyProtocol) -> dict[str, Any]:
     """The numbers of a gallery: means, their 95 % intervals (bootstrap over people), and of how many pictures."""
     rows = compared_rows(gallery)
-    drawn = (pixels_of(gallery.moa), pixels_of(gallery.prior), _real_scenes(gallery, REAL_STREAM))
-    moa, prior, real = (look(probe, pixels) for pixels in drawn)
+    scenes = _real_scenes(gallery, REAL_STREAM)
+    moa, prior, real = (
+        look(probe, pixels) for pixels in (pixels_of(gallery.moa), pixels_of(gallery.prior), pixels_in(scenes))
+    )
     place = torch.tensor([probe.contexts.index(context) for context in gallery.contexts])[rows.context]
     values = {
         **_identity(rows, moa, prior, real, lineup(gallery.people, protocol)),
@@ -68,6 +73,7 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
         "context_accuracy.moa": metrics.correct(moa.contexts, place),
         "context_accuracy.prior": metrics.correct(prior.contexts[rows.same], place),
         "context_accuracy.real": metrics.correct(real.contexts, place),
+        **_prompt(rows, clip, gallery, scenes),
         "person_found.moa": moa.found.float(),
         "person_found.prior": prior.found[rows.same].float(),
         **_diversity(rows, moa, prior, real, gallery),
@@ -75,7 +81,7 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
     if gallery.routed:
         routing = torch.stack([picture.routing for picture in gallery.moa.flat])
         values["routing_iou"] = metrics.routing_iou(routing, moa.people)
-    again = _real_scenes(gallery, FLOOR_STREAM)
+    again = pixels_in(_real_scenes(gallery, FLOOR_STREAM))
     features = [scene_vectors(probe, pixels) for pixels in (moa.pixels, real.pixels, again)]
     return joined(
         counted(values, rows.person.tolist()),
@@ -86,34 +92,31 @@ def measure(gallery: Gallery, probe: Probe, protocol: ToyProtocol) -> dict[str, 
 
 
 def run_toy(
-    pipe: MoAPipeline, probe: Probe, protocol: ToyProtocol, prior: MoAPipeline
+    pipe: MoAPipeline, probe: Probe, clip: ClipScore, protocol: ToyProtocol, prior: MoAPipeline
 ) -> tuple[Gallery, dict[str, Any]]:
     """Generate (`prior`: see `make_gallery`) and measure; `seconds` is the time of both."""
     start = time.perf_counter()
     forget_peak(pipe.device)
     gallery = make_gallery(pipe, protocol, prior)
     memory = peak_memory(pipe.device)
-    numbers = measure(gallery, probe, protocol)
+    numbers = measure(gallery, probe, clip, protocol)
     seconds = round(time.perf_counter() - start, 1)
     return gallery, {
         **numbers,
         "method": pipe.unet.moa.config.name,
+        "clip": clip.name,
         "protocol": asdict(protocol),
         "seconds": seconds,
         "memory": memory,
     }
 
 
-def _real_scenes(gallery: Gallery, stream: int) -> Float[Tensor, "b 3 h w"]:
+def _real_scenes(gallery: Gallery, stream: int) -> list[np.ndarray]:
     """A real scene for each MoA picture, of the same person in the same context: the ceiling of every measure."""
-    return pixels_in(
-        [
-            draw_scene(
-                np.random.default_rng([stream, p, c, g]), [gallery.people[p].identity], gallery.contexts[c]
-            ).image
-            for p, c, g in np.ndindex(gallery.moa.shape)
-        ]
-    )
+    return [
+        draw_scene(np.random.default_rng([stream, p, c, g]), [gallery.people[p].identity], gallery.contexts[c]).image
+        for p, c, g in np.ndindex(gallery.moa.shape)
+    ]
 
 
 def _identity(
@@ -147,6 +150,30 @@ def _context(rows: Rows, moa: Seen, prior: Seen, probe: Probe, margin: int) -> d
         for name, (first, second, i, j) in compared.items()
         for measure, each in context_measures(probe, first, second, i, j, margin).items()
     }
+
+
+def _prompt(
+    rows: Rows, clip: ClipScore, gallery: Gallery, scenes: Sequence[np.ndarray]
+) -> dict[str, Float[Tensor, " b"]]:
+    """CLIP's cosine of each picture and its prompt; of MoA's, also with the prompt of the next place."""
+    nouns = [gallery.people[person].identity.noun for person in rows.person.tolist()]
+    places, drawn = [gallery.contexts[place] for place in rows.context.tolist()], _images(gallery.moa)
+    prompts = [f"a photo of a {noun} {place}" for noun, place in zip(nouns, places, strict=True)]
+    alone = [_images(gallery.prior)[row] for row in rows.same.tolist()]
+    values = {
+        "clip_score.moa": clip(drawn, prompts),
+        "clip_score.prior": clip(alone, prompts),
+        "clip_score.real": clip([Image.fromarray(scene) for scene in scenes], prompts),
+    }
+    if len(gallery.contexts) > 1:
+        after = dict(zip(gallery.contexts, (*gallery.contexts[1:], gallery.contexts[0]), strict=True))
+        others = [f"a photo of a {noun} {after[place]}" for noun, place in zip(nouns, places, strict=True)]
+        values["clip_score.other_place"] = clip(drawn, others)
+    return values
+
+
+def _images(pictures: np.ndarray) -> list[Image.Image]:
+    return [picture.image for picture in pictures.flat]
 
 
 def _diversity(rows: Rows, moa: Seen, prior: Seen, real: Seen, gallery: Gallery) -> dict[str, Float[Tensor, " b"]]:

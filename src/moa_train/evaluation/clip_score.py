@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -12,15 +13,19 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPTokenizer
 
-from moa_train.conditioning.encoders import load_open_clip
+from moa_train.conditioning.encoders import TOY, load_open_clip
+from moa_train.prior.load import toy_prior_folder
+from moa_train.prior.pretrain.tokens import encode_captions
 
 
 class ClipScore:
     """Cosines between pictures and texts, in float32, prepared as for the model's own training.
 
     Args:
-        model: open_clip architecture, "hf-hub:owner/name", or a folder with open_clip_config.json and its weights.
+        model: open_clip architecture, "hf-hub:owner/name", a folder with open_clip_config.json and its weights, or
+            "toy", the model of the toy world in this package.
         pretrained: tag or file of an architecture's weights (never read as a pickle that could run code).
         device: where it computes.
 
@@ -29,7 +34,8 @@ class ClipScore:
     """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str = "cpu") -> None:
-        if pretrained is None and not Path(model).is_dir() and not model.startswith("hf-hub:"):
+        held = model == TOY or Path(model).is_dir() or model.startswith("hf-hub:")
+        if pretrained is None and not held:
             raise ValueError(
                 f"clip.model is {model} without weights: give clip.pretrained=TAG_OR_FILE, or a folder or hf-hub: id "
                 "that holds them"
@@ -37,7 +43,7 @@ class ClipScore:
         self.name = model if pretrained is None else f"{model} ({pretrained})"
         network, source = load_open_clip(model, pretrained)
         self.network = network.float().requires_grad_(False).eval().to(device)
-        self.tokenizer = open_clip.get_tokenizer(source)
+        self.tokenizer = _toy_tokenizer() if model == TOY else open_clip.get_tokenizer(source)
         self.transform = image_transform_v2(
             PreprocessCfg(**open_clip.get_model_preprocess_cfg(network)), is_train=False
         )
@@ -50,3 +56,8 @@ class ClipScore:
         seen = self.network.encode_image(pixels)
         told = self.network.encode_text(self.tokenizer(list(texts)).to(self.device))
         return functional.cosine_similarity(seen.float(), told.float(), dim=1).cpu()
+
+
+def _toy_tokenizer() -> Callable[[Sequence[str]], Tensor]:
+    """The toy model has seen the toy prior's tokens, not those of open_clip's vocabulary."""
+    return partial(encode_captions, CLIPTokenizer.from_pretrained(toy_prior_folder() / "tokenizer"))

@@ -51,6 +51,12 @@ _TABLE = (
         ("the prior", "context_accuracy.prior"),
         ("real scenes (ceiling)", "context_accuracy.real"),
     )),
+    ("Does the picture show its prompt?", "CLIP's cosine of picture and prompt, higher is better", (
+        ("MoA", "clip_score.moa"),
+        ("the prior", "clip_score.prior"),
+        ("real scenes (ceiling)", "clip_score.real"),
+        ("MoA and the prompt of another place (floor)", "clip_score.other_place"),
+    )),
     ("Did the router find the person?", "IoU of its map and the person's pixels, higher is better", (
         ("MoA", "routing_iou"),
     )),

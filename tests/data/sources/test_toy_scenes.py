@@ -38,6 +38,10 @@ def test_numbers_of_people_and_captions_follow_the_settings():
     assert abs(some.count(0) / 200 - 0.5) < 0.15  # four standard deviations
     captions = [ToyScenes("train", 9, people=5, detailed=1.0)[i].caption for i in range(9)]
     assert all(" with " in caption for caption in captions)
+    two = ("in the desert", "at the beach")
+    places = [ToyScenes("train", 40, people=5, contexts=two)[i] for i in range(40)]
+    assert {place.source["context"] for place in places} == set(two)
+    assert all(place.caption.endswith(place.source["context"]) for place in places)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,8 @@ def test_numbers_of_people_and_captions_follow_the_settings():
         ({"people": 1}, "of 1 people"),
         ({"empty": 2.0}, "empty is 2.0"),
         ({"detailed": -1.0}, "detailed is -1.0"),
+        ({"contexts": ("at home",)}, r"contexts is \['at home'\]; expected some of at the beach, "),
+        ({"contexts": ()}, r"contexts is \[\]"),
     ],
 )
 def test_values_outside_their_domain_are_refused(changes, told):

@@ -23,6 +23,7 @@ Draw the toy world: cartoon people in eight places, with exact masks and caption
   subjects=[1,2]        fewest and most people in a scene
   empty=0.0             fraction of scenes without people
   detailed=0.0          fraction of captions that describe the people
+  contexts=["at the beach"]     places that occur, of the eight; null: all
   seed=0                another seed, another world
   workers=0             processes that draw; 0: this one
 
@@ -38,12 +39,14 @@ def run(cfg: DictConfig) -> None:
     settings = plain(cfg)
     look = {name: settings[name] for name in ("empty", "detailed", "size", "seed")}
     low, high = _pair(settings["subjects"])
+    places = None if settings["contexts"] is None else tuple(settings["contexts"])
+    told = look if places is None else {**look, "contexts": list(places)}
     made = 0
     for split in ("train", "validation", "test"):
         people = settings["train_people"] if split == "train" else settings["held_out_people"]
         if settings[split] > 0:
-            source = ToyScenes(split, settings[split], people, (low, high), **look)
-            pack(source, split, settings, {**look, "world": "toy", "people": people, "subjects": [low, high]})
+            source = ToyScenes(split, settings[split], people, (low, high), **look, contexts=places)
+            pack(source, split, settings, {**told, "world": "toy", "people": people, "subjects": [low, high]})
             made += 1
     if not made:
         raise ValueError("train, validation and test are all 0: there is nothing to draw")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moa_train.data.schema import Sample, Segment
-from moa_train.data.sources.toyworld import SPLITS, draw_scene, identity
+from moa_train.data.sources.toyworld import CONTEXTS, SPLITS, draw_scene, identity
 
 _SCENES = 1
 """Stream of random numbers: scenes, apart from the world's people."""
@@ -25,6 +25,7 @@ class ToyScenes:
         empty: fraction of scenes without people.
         detailed: fraction of captions that describe the people's looks.
         size: side of a picture, pixels.
+        contexts: places that occur; None for all.
         seed: of scenes and people.
 
     Raises:
@@ -39,6 +40,7 @@ class ToyScenes:
     detailed: float = 0.0
     size: int = 64
     seed: int = 0
+    contexts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.subjects
@@ -51,6 +53,8 @@ class ToyScenes:
         for name in ("empty", "detailed"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a fraction in [0, 1]")
+        if self.contexts is not None and not (self.contexts and set(self.contexts) <= set(CONTEXTS)):
+            raise ValueError(f"contexts is {list(self.contexts)}; expected some of {', '.join(CONTEXTS)}, or null")
 
     def __len__(self) -> int:
         return self.count
@@ -62,7 +66,8 @@ class ToyScenes:
         subjects = 0 if empty else int(rng.integers(low, high + 1))
         numbers = rng.choice(self.people, subjects, replace=False).tolist()
         people = [identity(self.split, person, self.seed) for person in numbers]
-        scene = draw_scene(rng, people, size=self.size, detailed=detailed)
+        context = None if self.contexts is None else self.contexts[int(rng.integers(len(self.contexts)))]
+        scene = draw_scene(rng, people, context, self.size, detailed)
         source = {
             "world": "toy",
             "context": scene.context,
