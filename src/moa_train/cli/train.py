@@ -192,7 +192,7 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     """The trainer with its callbacks and loggers."""
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
-    from moa_train.training.strategies import refuse_sharding
+    from moa_train.training.strategies import check_strategy
     from moa_train.training.writer import CheckpointWriter
 
     callbacks = [_build(callback) for callback in cfg.callbacks.values() if callback is not None]
@@ -207,10 +207,12 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     plugins: list[Any] = [CheckpointWriter()]
     if SLURMEnvironment.detect():  # Lightning's own requeueing would resume from a file of its own
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    if isinstance(cfg.trainer.strategy, str):
+        check_strategy(cfg.trainer.strategy)
     make = _build(cfg.trainer)
     make.keywords.pop("on_nonfinite", None)  # callbacks.finite has it; Lightning's trainer knows no such setting
     trainer: pl.Trainer = make(callbacks=callbacks, logger=loggers, plugins=plugins, **validation)
-    refuse_sharding(trainer.strategy)
+    check_strategy(trainer.strategy)
     return trainer
 
 

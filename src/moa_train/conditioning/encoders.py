@@ -76,14 +76,21 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: there are not so many.
         """
-        transformer = getattr(self.visual, "transformer", None)
-        blocks = getattr(transformer, "resblocks", [])
+        blocks = self._blocks()
         if not 0 <= count <= len(blocks):
             raise ValueError(f"trainable_layers is {count}, this image encoder has {len(blocks)} transformer blocks")
-        for block in blocks[len(blocks) - count :]:
-            block.requires_grad_(True)
         self.trainable_layers = count
+        for block in self.trained_blocks():
+            block.requires_grad_(True)
         self.trained = [name for name, value in self.named_parameters() if value.requires_grad]
+
+    def _blocks(self) -> list[nn.Module]:
+        return list(getattr(getattr(self.visual, "transformer", None), "resblocks", []))
+
+    def trained_blocks(self) -> list[nn.Module]:
+        """The last `trainable_layers` transformer blocks."""
+        blocks = self._blocks()
+        return blocks[len(blocks) - self.trainable_layers :]
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ from moa_train.latents import LatentCodec
 from moa_train.symbols import Batch, Conditioning, LossTerms, Observations
 from moa_train.training.objective import LossSettings, Masks, compute_losses, watched, with_wrong_subject
 from moa_train.training.optim import NamedParameters, OptimizerSettings
+from moa_train.training.split import part_like, split_weights
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,11 @@ class MoAModule(pl.LightningModule):
         self.max_steps = max_steps
         self.prior = dict(prior)
         self.provenance = dict(provenance or {})
-        self._groups = {name: tuple(parameters) for name, parameters in trained.items() if parameters}
-        chosen = {id(parameter) for parameters in self._groups.values() for _, parameter in parameters}
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        self._groups = {group: [names[id(each)] for _, each in given] for group, given in trained.items() if given}
+        chosen = {name for group in self._groups.values() for name in group}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
         if not chosen:
             raise ValueError("there is nothing to train: the model gave no trained parameters")
         self.train()
@@ -122,8 +124,17 @@ class MoAModule(pl.LightningModule):
         Raises:
             ValueError: the state lacks a trained tensor, or holds one that does not train here or has another shape.
         """
-        check_tensors(state_dict, self.state_dict())
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = self.state_dict()
+        check_tensors(state_dict, own)
+        given = {name: part_like(value, own[name]) for name, value in state_dict.items()}
+        return super().load_state_dict(given, strict=False, assign=assign)
+
+    def configure_model(self) -> None:
+        """Splits U-Net and trained image encoder blocks over the ranks where the strategy has a mesh for that."""
+        if self.device_mesh is not None:
+            denoiser: Any = self.denoiser
+            encoder: Any = self.image_encoder
+            split_weights(denoiser.unet, encoder.trained_blocks(), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         self.schedule = self.schedule.to(self.device)
@@ -218,7 +229,9 @@ class MoAModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # clips, too: not fused
-        optimizer, schedule = self.optimizer_settings.build(self._groups, self.device.type == "cuda" and not scales)
+        own = self.trained_parameters()  # asked for here, since a strategy that splits them puts others in their place
+        trained = {group: [(name, own[name]) for name in names] for group, names in self._groups.items()}
+        optimizer, schedule = self.optimizer_settings.build(trained, self.device.type == "cuda" and not scales)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ------------------------------------------------------------------------------------------------- checkpoints

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch.optim import Optimizer
+
+from moa_train.training.split import gathered, part_like
 
 
 def ddp(timeout: float = 600.0) -> DDPStrategy:
@@ -13,24 +24,82 @@ def ddp(timeout: float = 600.0) -> DDPStrategy:
     Args:
         timeout: seconds that a collective operation waits for the other processes before it fails.
     """
-    if timeout <= 0:
-        raise ValueError(f"trainer.strategy.timeout={timeout:g}: expected a positive number of seconds")
     return DDPStrategy(
-        timeout=timedelta(seconds=timeout),
+        timeout=_timeout(timeout),
         gradient_as_bucket_view=True,  # the gradients lie in the buckets: no second copy of them
     )
 
 
-def refuse_sharding(strategy: Strategy) -> None:
-    """Refuses strategies that split the model or the optimizer: the average, checkpoints and pictures need them whole.
+def fsdp(timeout: float = 600.0) -> FullySplit:
+    """Weights, gradients, moments and average are split over the processes; `MoAModule.configure_model` does it.
+
+    Args:
+        timeout: seconds that a collective operation waits for the other processes before it fails.
+    """
+    return FullySplit(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=_timeout(timeout))
+
+
+class FullySplit(ModelParallelStrategy):
+    """Lightning's FSDP2, with the checkpoints of one process: one file of whole tensors, written by the first rank."""
+
+    restore_checkpoint_after_setup = False  # as one process: weights, then the callbacks' states, then the optimizer
+    lightning_restore_optimizer = True
+
+    def setup_environment(self) -> None:
+        """All processes split one model."""
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors, on the first rank."""
+        state: dict[str, Any] = gathered(Strategy.lightning_module_state_dict(self))
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole tensors, on the first rank."""
+        state: dict[str, Any] = gathered(Strategy.optimizer_state(self, optimizer))
+        return state
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank reads the whole file, to the CPU."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """The module takes its part."""
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Every rank takes its part of what the optimizer keeps for each parameter."""
+        states = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            kept = {
+                number: {
+                    name: part_like(value, parameters[number]) if value.shape == parameters[number].shape else value
+                    for name, value in values.items()
+                }
+                for number, values in saved["state"].items()
+            }
+            states.append({**saved, "state": kept})
+        Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def _timeout(seconds: float) -> timedelta:
+    if seconds <= 0:
+        raise ValueError(f"trainer.strategy.timeout={seconds:g}: expected a positive number of seconds")
+    return timedelta(seconds=seconds)
+
+
+def check_strategy(strategy: str | Strategy) -> None:
+    """Refuses Lightning's other ways to split a model, before or after Lightning has made them out of their name.
 
     Raises:
         ValueError: names what to use instead.
     """
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
-    if not whole:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    splits = isinstance(strategy, DeepSpeedStrategy) or name.startswith(("fsdp", "deepspeed"))
+    if splits or not isinstance(strategy, (str, SingleDeviceStrategy, DDPStrategy, FullySplit)):
         raise ValueError(
-            f"trainer.strategy={type(strategy).__name__} splits the model over the processes, which average, "
-            "checkpoints and pictures do not support; use trainer=ddp: what MoA trains takes 2 GB at the size of "
-            "Stable Diffusion 1.5, there is little to split (docs/scaling.md)"
+            f"trainer.strategy={name} splits the model in a way that average, checkpoints and pictures do not support: "
+            "use trainer=fsdp, which splits weights, gradients and optimizer over the processes (docs/scaling.md)"
         )

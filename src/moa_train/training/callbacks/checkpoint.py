@@ -23,6 +23,7 @@ from moa_train.training.callbacks.steps import StepCallback, every
 from moa_train.training.module import MoAModule
 from moa_train.training.ranks import Agreement
 from moa_train.training.resume import LAST, step_files
+from moa_train.training.split import own_part
 from moa_train.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -127,11 +128,22 @@ class Checkpoints(StepCallback, Checkpoint):
         step = trainer.global_step
         if step == self._saved_at:
             return
-        _check_finite(module, step)
+        self._check_finite(module, step)
         trainer.save_checkpoint(self.directory / LAST)
         if trainer.is_global_zero:
             self.writer.then(partial(self._keep, step))
         self._saved_at = step
+
+    def _check_finite(self, module: MoAModule, step: int) -> None:
+        """On all ranks alike, for each may hold a part of the tensors only."""
+        trained = module.trained_parameters()
+        broken = torch.stack([~own_part(parameter).isfinite().all() for parameter in trained.values()]).tolist()
+        names = [name for name, bad in zip(trained, self._agreement.largest(*broken), strict=True) if bad]
+        if names:
+            raise ValueError(
+                f"{len(names)} trained tensors hold NaN or infinity after step {step} (first: {names[0]}); no checkpoint "
+                "was written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
+            )
 
     def _keep(self, step: int) -> None:
         """Names the file that was just written after its step, then removes those that are not to be kept."""
@@ -228,17 +240,6 @@ class Checkpoints(StepCallback, Checkpoint):
             )
         if failure is not None:
             logger.error("%s; training goes on", text)
-
-
-def _check_finite(module: MoAModule, step: int) -> None:
-    trained = module.trained_parameters()
-    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
-    broken = [name for name, good in zip(trained, finite, strict=True) if not good]
-    if broken:
-        raise ValueError(
-            f"{len(broken)} trained tensors hold NaN or infinity after step {step} (first: {broken[0]}); no checkpoint "
-            "was written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
-        )
 
 
 def link(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moa_train.training.callbacks.steps import StepCallback
 from moa_train.training.module import MoAModule
+from moa_train.training.split import gathered, own_part, part_like
 
 KEY = "ema"
 """Where a checkpoint holds the average: {"updates": n, "average": {name: tensor}}."""
@@ -37,13 +38,17 @@ class ExponentialMovingAverage(StepCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: MoAModule) -> None:  # type: ignore[override]
         trained = pl_module.trained_parameters()
         source = self.average or trained
-        self.average = {name: source[name].detach().to(parameter, copy=True) for name, parameter in trained.items()}
+        self.average = {
+            name: part_like(source[name].detach(), parameter).to(parameter, copy=True)
+            for name, parameter in trained.items()
+        }
 
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, module: MoAModule, step: int) -> None:  # type: ignore[override]
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         trained = module.trained_parameters()
-        torch._foreach_lerp_(list(self.average.values()), [trained[name] for name in self.average], 1 - decay)
+        parts = [own_part(average) for average in self.average.values()]
+        torch._foreach_lerp_(parts, [own_part(trained[name]) for name in self.average], 1 - decay)
         self.updates += 1
 
     # -------------------------------------------------------------------------------------------------- standing in
@@ -84,7 +89,7 @@ class ExponentialMovingAverage(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         assert self._weights is None, "a checkpoint must hold the weights, not their average"
-        checkpoint[KEY] = {"updates": self.updates, "average": self.average}
+        checkpoint[KEY] = {"updates": self.updates, "average": gathered(self.average)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -25,6 +25,7 @@ from moa_train.training.callbacks.spikes import LossWindow
 from moa_train.training.callbacks.steps import StepCallback
 from moa_train.training.module import MoAModule
 from moa_train.training.nonfinite import MOST, MicroBatch, Record, record_path, save_weights
+from moa_train.training.split import whole
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class FiniteSteps(StepCallback):
         self._settle(trainer, pl_module)  # of the step before, whose weights are still those that it had
         assert self._loss is not None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         pl_module.log("train/grad_norm", norm, batch_size=1)
         agreed = _agreed(self._loss, norm, trainer.world_size)
         scales, fused = _scales(trainer), all(group.get("fused") for group in optimizer.param_groups)

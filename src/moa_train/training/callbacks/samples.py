@@ -17,10 +17,13 @@ from moa_train.symbols import Batch
 from moa_train.training.callbacks.ema import find_ema
 from moa_train.training.callbacks.steps import StepCallback, every
 from moa_train.training.module import MoAModule
+from moa_train.training.split import is_split
 
 
 class SamplePictures(StepCallback):
     """Writes `samples/step=000250.png` (reference, picture) and `routing/step=000250.png` (picture, R_1) on rank 0.
+
+    Where the weights are split over the ranks, all of them draw the same, for a pass needs all.
 
     Args:
         pipeline: makes a text-to-image pipeline around the modules that are being trained (`MoAPipeline`).
@@ -51,7 +54,8 @@ class SamplePictures(StepCallback):
         self.seed = seed
 
     def after_step(self, trainer: pl.Trainer, module: MoAModule, step: int) -> None:  # type: ignore[override]
-        if not trainer.is_global_zero or not (every(step, self.every_n_steps) or self._is_end(trainer, step)):
+        draws = trainer.is_global_zero or is_split(module)
+        if not draws or not (every(step, self.every_n_steps) or self._is_end(trainer, step)):
             return
         modes = {child: child.training for child in module.modules()}
         module.eval()
@@ -72,11 +76,14 @@ class SamplePictures(StepCallback):
 
     @torch.no_grad()
     def draw(self, trainer: pl.Trainer, module: MoAModule, step: int) -> None:
-        """Generates with the weights as they are, and writes the two sheets."""
+        """Generates with the weights as they are; the first rank writes the two sheets."""
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         rows, maps = [], []
-        for index, (caption, subjects, size) in enumerate(self._fixed(trainer, module.codec.factor)):
+        fixed = self._fixed(trainer, module.codec.factor) if trainer.is_global_zero else []
+        if is_split(module):
+            fixed = trainer.strategy.broadcast(fixed)
+        for index, (caption, subjects, size) in enumerate(fixed):
             made = pipeline(
                 prompt=caption,
                 subjects=list(subjects.to(module.device)),
@@ -92,7 +99,7 @@ class SamplePictures(StepCallback):
                 routing = _grey(pipeline.routing.mean[0])
                 maps.append([made, _resized(routing, made.size)])
         for name, images in (("samples", rows), ("routing", maps)):
-            if images:
+            if images and trainer.is_global_zero:
                 path = self.directory / name / f"step={step:06d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet(images).save(path)
