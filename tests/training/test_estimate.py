@@ -90,6 +90,18 @@ def test_the_meter_counts_what_lives(parts):
     assert view.shape == (2, 128)
 
 
+def test_ranks_that_split_the_model_share_all_but_activations_and_what_the_unet_does_not_hold(parts):
+    """Beside their share each holds what is gathered at one moment, which is less than all weights and gradients."""
+    module, batch = parts
+    memory = step_memory(module, batch, bf16=False, averaged=True)
+    unet = dict(module.denoiser.unet.named_parameters())
+    frozen = sum(value.numel() * 4 for value in unet.values() if not value.requires_grad)
+    trained = sum(value.numel() * 4 for value in unet.values() if value.requires_grad)
+    shared = frozen + 5 * trained  # weight, gradient, two moments, average
+    assert memory.over(4) == memory.total - shared + -(-shared // 4) + memory.gathered
+    assert 0 < memory.gathered < frozen + 2 * trained
+
+
 @pytest.fixture
 def plan(world, monkeypatch, tmp_path, capfd):
     """`moa-train plan`; gives back exit code, output, errors."""
@@ -121,6 +133,14 @@ def test_a_plan_tells_all_and_writes_nothing(plan, finished, tmp_path):
     real = (finished / "checkpoints" / "last.ckpt").stat().st_size / 1e6
     assert planned < real < planned + 0.5  # the rest is names, the sample order and random states
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_tells_what_each_of_several_ranks_holds(plan):
+    for trainer, more in (("ddp", 1), ("fsdp", 0)):
+        code, out, _ = plan(f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "plan_steps=0")
+        assert code == 0
+        assert len([line for line in out.splitlines() if line.startswith("  with ddp")]) == more
+        assert "at most on each of 2 ranks, which split the model" in out
 
 
 def test_all_problems_are_told_at_once(plan, monkeypatch):

@@ -97,7 +97,11 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
     given, expected = load(run), load(straight)
     assert given.keys() == expected.keys()
     assert_close(given, expected)
-    assert {path.name for path in (run / "checkpoints").glob("step*")} == {"step=000002.ckpt", "step=000003.ckpt", "step=000004.ckpt"}
+    assert {path.name for path in (run / "checkpoints").glob("step*")} == {
+        "step=000002.ckpt",
+        "step=000003.ckpt",
+        "step=000004.ckpt",
+    }
     assert len(list((run / "checkpoints").glob("best-step=000004-*"))) == 1
     first, second = (read_rows(folder / "metrics.csv")[-1] for folder in (run, straight))
     for name in ("val/masked", "train/grad_norm"):
@@ -117,7 +121,9 @@ def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_b
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert one["finite"]["skipped"] == two["finite"]["skipped"] == 1
     assert_close(two, one)
-    for row, other in zip(read_rows(tmp_path / "two" / "metrics.csv"), read_rows(tmp_path / "one" / "metrics.csv"), strict=True):
+    for row, other in zip(
+        read_rows(tmp_path / "two" / "metrics.csv"), read_rows(tmp_path / "one" / "metrics.csv"), strict=True
+    ):
         assert float(row["train/grad_norm"]) == pytest.approx(float(other["train/grad_norm"]), rel=1e-3, nan_ok=True)
 
     whole, *halves = (json.loads((tmp_path / f"held.{name}.json").read_text()) for name in ("1.0", "2.0", "2.1"))
@@ -151,7 +157,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_its_weights_ar
     module.load_state_dict(kept)
 
 
-def test_split_blocks_of_frozen_bfloat16_and_trained_float32_give_the_loss_and_nearly_the_gradients_of_whole_ones(world):
+def test_split_blocks_of_frozen_bfloat16_and_trained_float32_give_the_loss_and_nearly_the_gradients_of_whole_ones(
+    world,
+):
     """On one rank; a sum in another order is seen in bfloat16."""
     cfg = world.config("trainer.precision=bf16-mixed", "prior_dtype=bfloat16")
     losses, gradients = [], []

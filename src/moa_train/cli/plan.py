@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _FITS = 0.9  # share of the free memory that an estimate may take before real steps are left out
 _GB = 1e9
+_GPUS = 8  # of a machine that is not this one
+_FSDP = "moa_train.training.strategies.fsdp"
 
 
 @dataclass
@@ -118,6 +120,8 @@ def _parameters(found: Plan, module: MoAModule) -> None:
 
 
 def _memory(found: Plan, memory: Memory, libraries: int) -> None:
+    from omegaconf import OmegaConf
+
     on_cpu = found.cfg.trainer.accelerator == "cpu"
     for what, size in (
         ("frozen weights", memory.frozen),
@@ -135,14 +139,30 @@ def _memory(found: Plan, memory: Memory, libraries: int) -> None:
     if on_cpu:
         found.say("  program and libraries", _size(libraries))
     found.say("memory of a rank", f"{_size(memory.total + more)} at most")
+    needed = memory.total
     if found.cfg.trainer.devices not in (1, "1"):
-        found.say("  with ddp", f"{_size(memory.gradients)} more for its buckets; sharding strategies take less")
+        ranks = _ranks(found.cfg)
+        told = f"{_size(memory.over(ranks) + more)} at most on each of {ranks} ranks, which split the model"
+        if OmegaConf.select(found.cfg, "trainer.strategy._target_") == _FSDP:
+            needed = memory.over(ranks)
+        else:
+            found.say("  with ddp", f"{_size(memory.gradients)} more for its buckets")
+        found.say("  with fsdp", told)
     free = _free_memory(on_cpu)
-    if free is not None and memory.total > free:
+    if free is not None and needed > free:
         found.problems.append(
-            f"a step takes {_size(memory.total)} of memory, {_size(free)} are free: lower data.batch_size (and raise "
+            f"a step takes {_size(needed)} of memory, {_size(free)} are free: lower data.batch_size (and raise "
             "trainer.accumulate_grad_batches), or gradient_checkpointing=true"
         )
+
+
+def _ranks(cfg: DictConfig) -> int:
+    """Processes of the run; where that depends on the GPUs and there are none here, those of a machine with 8."""
+    import torch
+
+    devices = cfg.trainer.devices
+    each = devices if isinstance(devices, int) else torch.cuda.device_count() or _GPUS
+    return int(each * cfg.trainer.num_nodes)
 
 
 def _free_memory(on_cpu: bool) -> int | None:

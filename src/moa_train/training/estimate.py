@@ -19,6 +19,7 @@ from moa_train.symbols import Batch
 from moa_train.training.callbacks.steps import StepCallback
 from moa_train.training.module import MoAModule, Noised
 from moa_train.training.objective import Masks
+from moa_train.training.split import gathered_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Memory:
 
     frozen, trained: the weights. gradients, optimizer, average: of the trained ones. saved: what the forward pass keeps
     for the backward pass. working: most that forward and backward pass hold at one moment, without weights and
-    gradients (`saved` is part of it).
+    gradients (`saved` is part of it). split: those of the frozen weights that trainer=fsdp splits. gathered: most of
+    its weights and gradients that are whole at one moment.
     """
 
     frozen: int
@@ -37,11 +39,18 @@ class Memory:
     average: int
     saved: int
     working: int
+    split: int
+    gathered: int
 
     @property
     def total(self) -> int:
         """Everything at the moment when it is most."""
         return self.frozen + self.trained + self.gradients + self.optimizer + self.average + self.working
+
+    def over(self, ranks: int) -> int:
+        """`total` of one of so many ranks that split the model (trainer=fsdp)."""
+        parts = self.split + self.trained + self.gradients + self.optimizer + self.average
+        return self.total - parts + -(-parts // ranks) + self.gathered
 
 
 def checkpoint_bytes(module: MoAModule, averaged: bool) -> int:
@@ -73,7 +82,10 @@ def step_memory(module: MoAModule, batch: Batch, bf16: bool, averaged: bool) -> 
             functional_call(step, state, (shapes, meter))
     working = max(meter.forward_peak, meter.peak - trained)
     optimizer = round(trained * _optimizer_ratio(module))
-    return Memory(frozen, trained, trained, optimizer, trained if averaged else 0, meter.saved, working)
+    unet: Any = module.get_submodule("denoiser.unet")
+    split = _bytes(parameter for parameter in unet.parameters() if not parameter.requires_grad)
+    average, gathered = trained if averaged else 0, gathered_bytes(unet)
+    return Memory(frozen, trained, trained, optimizer, average, meter.saved, working, split, gathered)
 
 
 class _Step(nn.Module):

@@ -29,14 +29,37 @@ def split_weights(unet: UNet2DConditionModel, others: Iterable[nn.Module], mesh:
         unet: split by its residual blocks, transformers and samplers; the rest of it is gathered once a pass.
         others: modules with a `forward`, each gathered as one.
     """
-    blocks = [part for part in unet.modules() if isinstance(part, _GATHERED_AT_ONCE)]
-    for part in (*blocks, unet, *others):
+    for part in (*_blocks(unet), unet, *others):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)  # else the U-Net's own stay whole after a validation
+
+
+def _blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
+    return [part for part in unet.modules() if isinstance(part, _GATHERED_AT_ONCE)]
+
+
+def gathered_bytes(unet: UNet2DConditionModel) -> int:
+    """Most that is whole at one moment of a U-Net that is split: weights, and gradients of the trained ones.
+
+    Those outside of blocks, and two blocks: one that runs, and one that is gathered meanwhile.
+    """
+    blocks = sorted(_held(block) for block in _blocks(unet))
+    return _held(unet) - sum(blocks) + sum(blocks[-2:])
+
+
+def _held(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() * (1 + each.requires_grad) for each in module.parameters())
 
 
 def is_split(module: nn.Module) -> bool:
     """Whether a pass through `module` needs all ranks."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def held_bytes(module: nn.Module) -> tuple[int, int]:
+    """Bytes that this rank holds of the split weights, and bytes of the whole."""
+    split = [each for each in module.parameters() if isinstance(each, DTensor)]
+    held = sum(each.to_local().numel() * each.element_size() for each in split)
+    return held, sum(each.numel() * each.element_size() for each in split)
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -90,12 +90,14 @@ def _timeout(seconds: float) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def check_strategy(strategy: str | Strategy) -> None:
+def check_strategy(strategy: str | Strategy, compiled: bool = False) -> None:
     """Refuses Lightning's other ways to split a model, before or after Lightning has made them out of their name.
 
     Raises:
-        ValueError: names what to use instead.
+        ValueError: names what to use instead; or a split model has compiled blocks.
     """
+    if compiled and isinstance(strategy, FullySplit):
+        raise ValueError("compile=true was never tried with trainer=fsdp: use compile=false, or trainer=ddp")
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     splits = isinstance(strategy, DeepSpeedStrategy) or name.startswith(("fsdp", "deepspeed"))
     if splits or not isinstance(strategy, (str, SingleDeviceStrategy, DDPStrategy, FullySplit)):

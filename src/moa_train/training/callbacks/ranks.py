@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 from torch.distributed import DistError, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
+from moa_train.training.split import held_bytes, is_split
+
 logger = logging.getLogger(__name__)
 
 BEAT = 1.0
@@ -51,7 +53,7 @@ class RankWatch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size == 1:
             return
-        _tell_gradients(trainer)
+        _tell_shares(trainer)
         self._rank = trainer.global_rank
         self._children = getattr(
             trainer.strategy.launcher, "procs", []
@@ -137,7 +139,7 @@ def _ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-def _tell_gradients(trainer: pl.Trainer) -> None:
+def _tell_shares(trainer: pl.Trainer) -> None:
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel) and trainer.is_global_zero:
         data = model._get_ddp_logging_data()
@@ -147,3 +149,6 @@ def _tell_gradients(trainer: pl.Trainer) -> None:
             data["num_parameter_tensors"],
             data["total_parameter_size_bytes"],
         )
+    elif is_split(trainer.lightning_module) and trainer.is_global_zero:
+        held, every = held_bytes(trainer.lightning_module)
+        logger.info("%d ranks split %d bytes of weights, the first one holds %d", trainer.world_size, every, held)
