@@ -80,9 +80,9 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(state: Any) -> Any:
-    """A nested state with whole tensors, on the CPU, for the split ones; every rank takes part, the first one gets them.
+    """A nested state with whole tensors, on the CPU, in place of split ones; every rank takes part.
 
-    On the other ranks they are empty. What is not split stays as it is.
+    The first rank gets them, on the others they are empty. What is not split stays as it is.
     """
 
     def gather(value: Any) -> Any:

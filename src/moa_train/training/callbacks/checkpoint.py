@@ -141,8 +141,8 @@ class Checkpoints(StepCallback, Checkpoint):
         names = [name for name, bad in zip(trained, self._agreement.largest(*broken), strict=True) if bad]
         if names:
             raise ValueError(
-                f"{len(names)} trained tensors hold NaN or infinity after step {step} (first: {names[0]}); no checkpoint "
-                "was written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
+                f"{len(names)} trained tensors hold NaN or infinity after step {step} (first: {names[0]}); no "
+                "checkpoint was written: resume from the last one with a smaller optim.lr or trainer.gradient_clip_val"
             )
 
     def _keep(self, step: int) -> None:
