@@ -111,9 +111,9 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
 
 @pytest.mark.slow
 def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_bit(world, tmp_path):
-    """FastComposer, whose U-Net trains; each rank holds half of weights and moments."""
+    """FastComposer, whose U-Net trains, and the optimizer of GPUs; each rank holds half of weights and moments."""
     settings = (*FASTCOMPOSER, "trainer.on_nonfinite=skip", "callbacks.checkpoint.asynchronous=true")
-    parts = (*settings, *SPLIT, "data.batch_size=2")
+    parts = (*settings, *SPLIT, "data.batch_size=2", "optim.optimizer.fused=true")
     hook = BadGradient(tmp_path)
     for name, number, given in (("one", 1, settings), ("two", 2, parts)):
         codes, said = train(world, tmp_path / name, number, *given, hook=hook)

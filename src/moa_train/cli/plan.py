@@ -161,7 +161,7 @@ def _ranks(cfg: DictConfig) -> int:
     import torch
 
     devices = cfg.trainer.devices
-    each = devices if isinstance(devices, int) else torch.cuda.device_count() or _GPUS
+    each = devices if isinstance(devices, int) and devices > 0 else torch.cuda.device_count() or _GPUS
     return int(each * cfg.trainer.num_nodes)
 
 
