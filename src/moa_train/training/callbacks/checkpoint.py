@@ -23,7 +23,7 @@ from moa_train.training.callbacks.steps import StepCallback, every
 from moa_train.training.module import MoAModule
 from moa_train.training.ranks import Agreement
 from moa_train.training.resume import LAST, step_files
-from moa_train.training.split import own_part
+from moa_train.training.split import is_split, own_part
 from moa_train.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -135,10 +135,11 @@ class Checkpoints(StepCallback, Checkpoint):
         self._saved_at = step
 
     def _check_finite(self, module: MoAModule, step: int) -> None:
-        """On all ranks alike, for each may hold a part of the tensors only."""
         trained = module.trained_parameters()
         broken = torch.stack([~own_part(parameter).isfinite().all() for parameter in trained.values()]).tolist()
-        names = [name for name, bad in zip(trained, self._agreement.largest(*broken), strict=True) if bad]
+        if is_split(module):
+            broken = self._agreement.largest(*broken)
+        names = [name for name, bad in zip(trained, broken, strict=True) if bad]
         if names:
             raise ValueError(
                 f"{len(names)} trained tensors hold NaN or infinity after step {step} (first: {names[0]}); no "
