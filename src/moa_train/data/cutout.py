@@ -110,11 +110,13 @@ def _place(
     (height, width), side = weight.shape, len(canvas)
     top, left = (side - height) // 2, (side - width) // 2
     window = canvas.reshape(side, 3 * side)[top : top + height, 3 * left : 3 * (left + width)]
-    behind = np.multiply(window, (255 - weight).repeat(3, axis=1), dtype=np.uint16)
+    behind = window.astype(np.uint16)
+    behind *= (255 - weight).repeat(3, axis=1)
     behind += 128
     behind += behind >> 8
     behind >>= 8  # a rounded division by 255
-    window[...] = np.minimum(behind + subject.reshape(height, 3 * width), 255)
+    behind += subject.reshape(height, 3 * width)
+    window[...] = np.minimum(behind, 255, out=behind)
 
 
 def _upper_square(width: int, top: int, bottom: int, rng: np.random.Generator) -> int:
