@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from moa_train.training.callbacks.finite import FiniteSteps, NotFinite
 from moa_train.training.callbacks.random_state import RandomState
 from moa_train.training.callbacks.spikes import LEAST, LossWindow
 from moa_train.training.metrics_csv import read_rows
+from moa_train.training.module import MoAModule
 from moa_train.training.nonfinite import MicroBatch, Record
 from tiny import RESOLUTION, load
 
@@ -223,6 +225,48 @@ def test_a_gradient_that_is_not_finite_is_left_out_although_the_loss_is(world, t
     assert load(run)["global_step"] == 1
 
 
+@pytest.mark.slow
+def test_a_gradient_that_alone_is_not_finite_is_made_again_with_its_function(world, tmp_path, monkeypatch, capfd):
+    """The root of nothing, times nothing, in the loss of one sample: its derivative is 0 times infinity."""
+    seen = world.train(tmp_path / "seen", f"max_steps={BAD_STEP}")
+    sample = int(read_rows(seen / "sample_log.csv")[-1]["samples"].split()[2])
+    losses = MoAModule.losses
+
+    def with_a_root(self, batch, *inputs):
+        terms, observations = losses(self, batch, *inputs)
+        rows = (batch.sample == sample).nonzero()[:, 0]
+        if not len(rows) or not torch.is_grad_enabled():
+            return terms, observations
+        root = (next(iter(self.trained_parameters().values())).sum() * 0.0).sqrt() * 0.0
+        return replace(terms, masked=terms.masked.index_add(0, rows, root[None])), observations
+
+    monkeypatch.setattr(MoAModule, "losses", with_a_root)
+    run = tmp_path / "run"
+    with pytest.raises(NotFinite, match=f"the gradient of step {BAD_STEP} is not finite"):
+        world.train(run, "max_steps=5", "callbacks.checkpoint.every_n_steps=1")
+    path = run / "nonfinite" / f"step={BAD_STEP:06d}.json"
+    code, out = replayed(monkeypatch, capfd, f"replay={path}")
+    assert code == 1
+    assert f"weights of that step, step={BAD_STEP:06d}.safetensors" in out
+    (sick,) = [line.split() for line in out.splitlines() if line.endswith("<- not finite")]
+    assert int(sick[0]) == sample
+    assert np.isfinite([float(value) for value in sick[2:6]]).all()
+    assert sick[6] == "nan"
+    assert "in the backward pass: Function 'SqrtBackward0' returned nan" in out
+    replace(Record.read(path), weights=None).write(path)
+    (run / "checkpoints" / f"step={BAD_STEP - 1:06d}.ckpt").unlink()
+    code, out = replayed(monkeypatch, capfd, f"replay={path}")
+    assert (code, f"weights of step {BAD_STEP - 2} instead of {BAD_STEP - 1}, " in out) == (1, True)
+    assert "SqrtBackward0" in out
+    for file in (run / "checkpoints").iterdir():
+        file.unlink()
+    monkeypatch.setattr(sys, "argv", ["moa-train", f"replay={path}"])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert "no weights beside it and no checkpoint before it: give ckpt=PATH" in capfd.readouterr().err
+
+
 def test_a_run_that_skips_stops_after_as_many_in_a_row_as_it_is_told(world, tmp_path):
     """A learning rate beyond reason: after the first step every loss is NaN."""
     settings = ("trainer.on_nonfinite=skip", "callbacks.finite.max_in_a_row=3", "optim.lr=1e30", "max_steps=9")
@@ -274,8 +318,6 @@ def test_losses_that_hardly_differ_make_no_spikes():
 def test_a_spike_is_told_with_its_samples_the_worst_first(world, tmp_path, monkeypatch, caplog):
     """Latents a hundred times too large, of one sample, are learnt from and told."""
     monkeypatch.setattr("moa_train.training.callbacks.spikes.LEAST", 3)
-    from moa_train.training.module import MoAModule
-
     noised = MoAModule.noised
 
     def louder(self, batch):
