@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from moa_train.data.sources.toyworld import CONTEXTS, NOUN_PARTS, draw_scene, identity
-from moa_train.evaluation.gallery import Gallery, ToyProtocol, couples, held_out_people
+from moa_train.evaluation.gallery import Gallery, ToyProtocol, couples, held_out_people, make_gallery
 from moa_train.evaluation.pairs import Couple, confusion, measure_pairs, nearer, part, see_couples
 from moa_train.evaluation.seen import pixels_in
 from moa_train.inference.pictures import Picture
+from moa_train.inference.pipeline import MoAPipeline
 from moa_train.prior.load import toy_prior_folder
 from moa_train.prior.probe import load_probe
 
@@ -43,6 +44,21 @@ def gallery_of(people, drawn):
 def with_looks_of(who, other):
     """The other's hair, shirt, skin ... on a body of this one's noun."""
     return replace(other, noun=who.noun, beard=who.beard)
+
+
+def test_pairs_alone_are_kept_apart_where_it_is_asked_for(monkeypatch):
+    asked = []
+
+    def generate(pipe, prompts, subjects, seeds, size, **options):
+        asked.extend((len(each), options.get("separate_subjects", False)) for each in subjects)
+        return [Picture(Image.new("RGB", (8, 8)), seed, None) for seed in seeds]
+
+    monkeypatch.setattr("moa_train.evaluation.gallery.generate", generate)
+    pipe = MoAPipeline.__new__(MoAPipeline)  # nothing is drawn with it
+    for separate in (False, True):
+        asked.clear()
+        make_gallery(pipe, ToyProtocol(people=4, contexts=2, pairs=2, separate_subjects=separate), pipe)
+        assert sorted(set(asked)) == [(0, False), (1, False), (2, separate)]
 
 
 def test_couples_are_mixed_and_take_turns():

@@ -29,6 +29,7 @@ eight contexts, and compares with the prior's pictures of equal prompts and seed
   split=validation         people to choose settings on; test, the default, is for the figures that you report
   lineup=100               identities of the split among which the person of a picture is sought (rank 1, rank 5)
   pairs=4                  pairs of people who are drawn together, in each context once: are they confused? 0: none
+  separate_subjects=true   keep the two people of a pair apart
   reference=scene          the photo of a person: scene (somewhere else) or portrait
   out=outputs/eval         where everything goes
   device=cuda dtype=float32
@@ -71,6 +72,8 @@ def run(cfg: DictConfig) -> None:
 
         evaluate_photos.run(cfg)
         return
+    from dataclasses import fields
+
     from omegaconf import OmegaConf
 
     from moa_train.evaluation.benchmark import run_toy
@@ -83,7 +86,7 @@ def run(cfg: DictConfig) -> None:
     from moa_train.prior.probe import load_probe
 
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    keys = ("people", "contexts", "reference", "split", "margin", "lineup", "pairs", "steps", "guidance", "batch_size")
+    keys = [field.name for field in fields(ToyProtocol) if field.name != "seeds"]
     protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))

@@ -31,6 +31,7 @@ class ToyProtocol:
     reference: the photo of a subject, a "scene" in another place or a "portrait". margin: pixels around people that do
     not count as context. lineup: identities among which the person is sought, those shown and others of the split.
     pairs: of a man and a woman who are drawn together, in each context from the first seed; 0: none.
+    separate_subjects: keep the two of a pair apart (`moa_train.inference.controls`).
     steps, guidance, batch_size: of the sampler.
     """
 
@@ -42,6 +43,7 @@ class ToyProtocol:
     margin: int = 3
     lineup: int = 100
     pairs: int = 4
+    separate_subjects: bool = False
     steps: int = 25
     guidance: float = 3.0
     batch_size: int = 16
@@ -182,6 +184,7 @@ def _together(draw: _Drawing, people: tuple[Person, ...], places: tuple[str, ...
         ],
         [[(a.photo, a.mask), (b.photo, b.mask)] for a, b in mixed for _ in places],
         [protocol.seeds[0]] * (len(mixed) * len(places)),
+        separate=protocol.separate_subjects,
     ).reshape(len(mixed), len(places))
 
 
@@ -199,10 +202,11 @@ class _Drawing:
         subjects: list[list[Any]],
         seeds: list[int],
         pipe: MoAPipeline | None = None,
+        separate: bool = False,
     ) -> np.ndarray:
         pipe = pipe or self.pipe
         array, seconds = np.empty(len(prompts), dtype=object), np.empty(len(prompts))
-        size, options = self.protocol.batch_size, self._options()
+        size, options = self.protocol.batch_size, self._options(separate)
         for start in range(0, len(prompts), size):
             batch, begin = slice(start, start + size), time.perf_counter()
             pictures = list(generate(pipe, prompts[batch], subjects[batch], seeds[batch], size, **options))
@@ -214,5 +218,6 @@ class _Drawing:
         self.seconds[name] = seconds
         return array
 
-    def _options(self) -> dict[str, Any]:
-        return {"num_inference_steps": self.protocol.steps, "guidance_scale": self.protocol.guidance}
+    def _options(self, separate: bool) -> dict[str, Any]:
+        control = {"separate_subjects": True} if separate else {}
+        return control | {"num_inference_steps": self.protocol.steps, "guidance_scale": self.protocol.guidance}
