@@ -145,9 +145,10 @@ def test_a_plan_tells_what_each_of_several_ranks_holds(plan):
 
 def test_all_problems_are_told_at_once(plan, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    code, out, err = plan("data.validation=/no/such/validation", "plan_steps=0")
+    code, out, err = plan("data.validation=/no/such/validation", "plan_steps=0", "trainer.strategy=deepspeed")
     assert code == 2, out + err
     problems = [line for line in err.splitlines() if line.startswith("moa-train plan: error: ")]
-    assert len(problems) == 2
-    assert "/no/such/validation" in problems[0]
-    assert "checkpoints take" in problems[1]
+    assert len(problems) == 3
+    assert "use trainer=fsdp" in problems[0]
+    assert "/no/such/validation" in problems[1]
+    assert "checkpoints take" in problems[2]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from moa_train.cli.train import build_data, build_module
+from moa_train.training.export import export_checkpoint
 from moa_train.training.metrics_csv import read_rows
 from moa_train.training.objective import Masks
 from moa_train.training.split import is_split, split_weights, whole
@@ -97,6 +98,11 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
     given, expected = load(run), load(straight)
     assert given.keys() == expected.keys()
     assert_close(given, expected)
+    for folder in (run, straight):
+        export_checkpoint(folder / "checkpoints" / "last.ckpt", folder / "out.safetensors", "float32")
+    exported, other = (load_file(folder / "out.safetensors") for folder in (run, straight))
+    assert exported.keys() == other.keys()
+    assert all(torch.allclose(exported[name], value, atol=2e-5) for name, value in other.items())
     assert {path.name for path in (run / "checkpoints").glob("step*")} == {
         "step=000002.ckpt",
         "step=000003.ckpt",

@@ -55,11 +55,16 @@ def plan(cfg: DictConfig, build_module: Callable[..., Any], build_trainer: Calla
     """
     import psutil
 
+    from moa_train.training.strategies import check_strategy
+
     found = Plan(cfg)
     libraries = psutil.Process().memory_info().rss
     prior: Prior | None = None
     with found.noted():
         prior, module = build_module(cfg)
+    with found.noted():
+        strategy = cfg.trainer.strategy
+        check_strategy(strategy if isinstance(strategy, str) else build(strategy), cfg.compile)
     data = _data(found, prior, build)
     if prior is not None:
         from moa_train.training.estimate import checkpoint_bytes, step_memory
