@@ -70,7 +70,7 @@ def train(out: Path, steps: int, scenes: int, batch: int, rate: float, seed: int
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=get_peft_model_state_dict(prior.unet))
 
 
-def measure(out: Path, people: int, contexts: int) -> dict[str, dict[str, float | list[float]]]:
+def measure(out: Path, people: int, contexts: int, sampler_steps: int) -> dict[str, dict[str, float | list[float]]]:
     """Validation people in places, one seed: pictures without the LoRA, and with it at two scales."""
     probe, shown = (
         load_probe(toy_prior_folder() / "probe"),
@@ -87,7 +87,9 @@ def measure(out: Path, people: int, contexts: int) -> dict[str, dict[str, float 
         pipe.set_progress_bar_config(disable=True)
         if scale is not None:
             load_lora(pipe, out / "pytorch_lora_weights.safetensors", scale)
-        made = generate(pipe, prompts, subjects, [0] * len(cells), 16, num_inference_steps=25, guidance_scale=3.0)
+        made = generate(
+            pipe, prompts, subjects, [0] * len(cells), 16, num_inference_steps=sampler_steps, guidance_scale=3.0
+        )
         drawn[name] = [picture.image for picture in made]
     drawn["ink over 'without'"] = [inked(image) for image in drawn["without"]]
     plain, goal = (pixels_in([np.asarray(i) for i in drawn[k]]) for k in ("without", "ink over 'without'"))
@@ -122,12 +124,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--people", type=int, default=8, help="held-out people, even")
     parser.add_argument("--contexts", type=int, default=4, help="places, at most 8")
+    parser.add_argument("--sampler-steps", type=int, default=25, help="denoising steps of a measured picture")
     parser.add_argument("--out", type=Path, default=Path("outputs/toy_lora"), help="folder of the LoRA and the figures")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.steps:
         train(given.out, given.steps, given.scenes, given.batch, given.rate)
-    numbers = measure(given.out, given.people, given.contexts)
+    numbers = measure(given.out, given.people, given.contexts, given.sampler_steps)
     (given.out / "figures.json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))
 

@@ -1,5 +1,10 @@
 """A LoRA of the prior: it reaches every picture, leaves the experts alone, and what does not fit is refused."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +101,31 @@ def test_what_is_no_safetensors_file_is_refused(pipe, lora, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         load_lora(pipe, tmp_path / "cut.safetensors")
+
+
+@pytest.mark.slow
+def test_the_toy_lora_is_trained_applied_and_measured(tmp_path):
+    """After two steps its effect is small: style is told by its own scale, 0 without and 1 drawn over."""
+    script = Path(__file__).parents[2] / "scripts" / "toy_lora.py"
+    few = [
+        "--steps",
+        "2",
+        "--rate",
+        "1e-2",
+        "--scenes",
+        "8",
+        "--batch",
+        "2",
+        "--people",
+        "4",
+        "--contexts",
+        "1",
+        "--sampler-steps",
+        "2",
+    ]
+    subprocess.run([sys.executable, script, *few, "--out", tmp_path], check=True, capture_output=True)
+    without, half, full, drawn = json.loads((tmp_path / "figures.json").read_text()).values()
+    assert (without["style"], drawn["style"]) == (0.0, 1.0)
+    assert 0 < abs(half["style"]) < 0.1
+    assert 0 < abs(full["style"]) < 0.1
+    assert drawn["identity"] != without["identity"]
