@@ -54,7 +54,8 @@ class Saving:
         self.trainer.strategy = SimpleNamespace(checkpoint_io=CheckpointWriter(), broadcast=lambda value: value)
         self.trainer.save_checkpoint = self.save
         self.trainer.global_step = 0
-        self.module = Mock(spec=MoAModule, trained_parameters=lambda: {"weight": torch.ones(1)})
+        weight = torch.ones(1)
+        self.module = Mock(spec=MoAModule, trained_parameters=lambda: {"weight": weight}, parameters=lambda: [weight])
         self.callback.on_train_start(self.trainer, self.module)
 
     def save(self, path):

@@ -84,7 +84,12 @@ def assert_close(given, expected):
 def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world, tmp_path):
     """With accumulation, recomputed activations, a trained encoder block, the average, a signal to the second rank."""
     settings = ("max_steps=4", "optim.lr=1e-4", "validate_every=4", "gradient_checkpointing=true")
-    settings += ("image_encoder.trainable_layers=1", "loss.router.warmup=0.0", "loss.router.ramp=0.0")
+    settings += (
+        "image_encoder.trainable_layers=1",
+        "loss.mask_warmup=0.0",
+        "loss.router.warmup=0.0",
+        "loss.router.ramp=0.0",
+    )
     straight = world.train(tmp_path / "straight", *settings)
     run = tmp_path / "run"
     parts = (*settings, *SPLIT, "data.batch_size=1", "trainer.accumulate_grad_batches=2", PICTURES)
