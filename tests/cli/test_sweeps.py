@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def sweep(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(trials, "_POLL", 0.05)
     monkeypatch.setattr("moa_train.cli.study._POLL", 0.05)
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 
     def call(*arguments: str, main=train.main) -> tuple[int, str, str]:
         given = ["-m", "hydra.sweep.dir=s"] if main is train.main else []
@@ -44,7 +46,8 @@ def sweep(monkeypatch, tmp_path, capfd):
         told = capfd.readouterr()
         return code, told.out, told.err
 
-    return call
+    yield call
+    signal.signal(signal.SIGINT, before)
 
 
 def status(number):
