@@ -45,6 +45,7 @@ LIMITS = {
     "stream_over_pillow": 0.9,
     "two_workers_over_one": 1.8,
     "latents_over_pillow": 10.0,
+    "latents_over_pictures": 10.0,
     "stream_over_webdataset": 1.0,
     "stream_over_sequential": 1.0,
     "first_batch_seconds": 2.0,
@@ -102,10 +103,8 @@ class Bench:
 
     def _pillow(self) -> Callable[[], None]:
         """Decodes and resizes a batch of pictures by Pillow alone."""
-        reader, places = (
-            ShardReader(self.index),
-            iter(np.random.default_rng(0).integers(0, self.samples, 10**6).tolist()),
-        )
+        reader = ShardReader(self.index)
+        places = iter(np.random.default_rng(0).integers(0, self.samples, 10**6).tolist())
 
         def pillow() -> None:
             for number in islice(places, self.batch):

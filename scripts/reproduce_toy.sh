@@ -28,8 +28,7 @@ for seed in $seeds; do
         esac
         case ${method#narrow_} in
             no_router) settings+=(loss.router.weight=0.0) ;;
-            fastcomposer) settings+=(model=fastcomposer optim.lr=3e-4) ;; # the whole U-Net trains
-            finetune) settings+=(model=finetune optim.lr=3e-4) ;;
+            fastcomposer | finetune) settings+=(model="${method#narrow_}" optim.lr=3e-4) ;; # the whole U-Net trains
             *) settings+=(model="${method#narrow_}") ;;
         esac
         moa-train run_dir="$out/$method-$seed" ckpt=auto max_steps="$steps" validate_every=200 optim=adamw_cosine \

@@ -97,7 +97,7 @@ def check_strategy(strategy: str | Strategy, compiled: bool = False) -> None:
         ValueError: names what to use instead; or a split model has compiled blocks.
     """
     if compiled and isinstance(strategy, FullySplit):
-        raise ValueError("compile=true was never tried with trainer=fsdp: use compile=false, or trainer=ddp")
+        raise ValueError("compile=true with trainer=fsdp did not end in a trial: use compile=false, or trainer=ddp")
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     splits = isinstance(strategy, DeepSpeedStrategy) or name.startswith(("fsdp", "deepspeed"))
     if splits or not isinstance(strategy, (str, SingleDeviceStrategy, DDPStrategy, FullySplit)):
