@@ -116,12 +116,14 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt, slots: int) -> TokenizedPromp
     if len(prompt.subjects) > slots:
         raise ValueError(f"{prompt.text!r} marks {len(prompt.subjects)} subjects, max_subjects is {slots}: raise it")
     ids = tokenizer(prompt.text, padding="max_length", max_length=length, truncation=True).input_ids
-    positions, present = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.bool)
-    for slot, (subject, (start, end)) in enumerate(sorted(zip(prompt.subjects, prompt.spans, strict=True))):
+    positions = []
+    for subject, (start, end) in sorted(zip(prompt.subjects, prompt.spans, strict=True)):
         # CLIP splits words before it applies BPE, so the tokens up to a word's end do not depend on what follows.
         position = len(tokenizer(prompt.text[:end], add_special_tokens=False).input_ids)
         if position >= length - 1:
             noun = prompt.text[start:end]
             raise ValueError(f"the noun {noun!r} <{subject + 1}> is token {position} of {length}: shorten the prompt")
-        positions[slot], present[slot] = position, True
-    return TokenizedPrompt(torch.tensor(ids), positions, present)
+        positions.append(position)
+    empty = slots - len(positions)
+    present = torch.tensor([True] * len(positions) + [False] * empty, dtype=torch.bool)
+    return TokenizedPrompt(torch.tensor(ids), torch.tensor(positions + [0] * empty, dtype=torch.long), present)

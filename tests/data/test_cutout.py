@@ -63,6 +63,17 @@ def test_noise_is_uniform_and_the_generators():
     assert abs(pictures[0].std() - 12**-0.5) < 0.01
 
 
+@pytest.mark.parametrize("side", [7, 8, 21])
+def test_noise_is_the_bytes_that_the_generator_gives(side):
+    mask = np.zeros((side, 3), dtype=bool)
+    mask[:, 1] = True  # one column, in the middle of the square
+    picture = cutout.cut_out(np.zeros((side, 3, 3), np.uint8), mask, side, np.random.default_rng(5))
+    noise = np.frombuffer(np.random.default_rng(5).bytes(3 * side**2), np.uint8).reshape(side, side, 3)
+    around = np.arange(side) != (side - 1) // 2
+    np.testing.assert_array_equal(picture[:, around], noise[:, around])
+    assert not picture[:, ~around].any()
+
+
 def test_a_cut_out_is_a_square_of_bytes():
     for seed, augmentation in ((0, "light"), *((seed, "fastcomposer") for seed in range(20))):
         picture = cutout.cut_out(*_scene(0), 33, np.random.default_rng(seed), augment=True, augmentation=augmentation)

@@ -1,5 +1,6 @@
 """Stored views are what encoding on the fly gives: latents, masks, subjects, prompts."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 
 from moa_train.data.mixture import Mixture, MixtureReader
 from moa_train.data.packing import write_shards
-from moa_train.data.schema import BadSample
+from moa_train.data.schema import BadSample, encode_sample
 from moa_train.data.shards import ShardIndex, ShardReader
 from moa_train.data.stages import Pipeline, collate
-from moa_train.data.views import ViewSettings, check_views, write_views
+from moa_train.data.views import ViewSettings, check_views, decode_views, record_of, write_views
 from moa_train.latents import LatentCodec
 from moa_train.prior.load import load_prior
 
@@ -90,7 +91,9 @@ def test_each_of_several_crops_and_its_mirror_image_keep_their_masks(tmp_path, t
             assert torch.equal(row["subject_masks"][slot], mask)
     assert seen == set(range(6))
     for key in range(5):  # validation: the centre
-        assert torch.equal(latent.without_chance()(view, key, 0)["latents"], torch.from_numpy(view.latents(0, False)))
+        assert torch.equal(
+            latent.without_chance()(view, key, 0)["latents"], torch.from_numpy(view.latents(0, False).copy())
+        )
 
 
 def test_the_copy_is_the_set_and_more(tmp_path, encode, source):
@@ -102,6 +105,37 @@ def test_the_copy_is_the_set_and_more(tmp_path, encode, source):
         assert other == key
         assert more == {**members, "latent.npy": more["latent.npy"]}
         np.testing.assert_array_equal(ShardReader(stored)[number].image, ShardReader(source)[number].image)
+
+
+def test_a_record_is_read_as_numpy_reads_it_and_a_damaged_one_is_refused(make_sample, encode):
+    settings = ViewSettings(32)
+    sample = make_sample(5, 48)
+    record = record_of(sample, settings, encode(np.stack([np.asarray(v.image) for v in settings.views(sample)])))
+    file = io.BytesIO()
+    np.save(file, record)
+    content = file.getvalue()
+    told = {"json": encode_sample(sample, "png")["json"]}
+    read = decode_views(sample.key, told | {"latent.npy": content}).record
+    expected = np.load(io.BytesIO(content))
+    assert len(sample.segments) == 2  # with subject_1 and mask_1
+    assert read.dtype == expected.dtype
+    for name in expected.dtype.names:
+        np.testing.assert_array_equal(read[name], expected[name])
+    others = {
+        "cut": content[:-1],
+        "cut in its header": content[:40],
+        "longer": content + b"\0",
+        "empty": b"",
+        "a field that is no number": content.replace(b"'|u1', (22", b"'|O1', (22"),
+        "a field without a name": content.replace(b"('masks'", b"('mas\"s'"),
+        "version 2": content.replace(b"NUMPY\x01", b"NUMPY\x02"),
+        "by columns": content.replace(b"'fortran_order': False", b"'fortran_order': True "),
+        "no latents": content.replace(b"('latents'", b"('Latents'"),
+    }
+    for what, other in others.items():
+        assert other != content, what
+        with pytest.raises(BadSample, match=r"latent\.npy"):
+            decode_views(sample.key, told | {"latent.npy": other})
 
 
 def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(tmp_path, encode, source):

@@ -6,6 +6,7 @@ Both are functions of numbers alone (SplitMix64, Steele et al. 2014), equal on e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -23,10 +24,15 @@ def mix(values: UInt64[np.ndarray, "*any"]) -> UInt64[np.ndarray, "*any"]:
 
 
 def _hashed(stream: int, seed: int, epoch: int, numbers: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    return mix(_state(stream, seed, epoch) ^ numbers.astype(np.uint64))
+
+
+@lru_cache(maxsize=64)
+def _state(stream: int, seed: int, epoch: int) -> UInt64[np.ndarray, " one"]:
     state = mix(np.array([stream], dtype=np.uint64))
     for number in (seed, epoch):
         state = mix(state ^ np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
-    return mix(state ^ numbers.astype(np.uint64))
+    return state
 
 
 def sample_key(seed: int, epoch: int, sample: int) -> int:

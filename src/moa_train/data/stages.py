@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
 from moa_train.data.cutout import AUGMENTATIONS, BACKGROUNDS, cut_out
@@ -145,7 +146,7 @@ class Pipeline:
         view = Flip(self.flip_probability)(view, stage_rng(key, 1))
         view = self._choose(view, stage_rng(key, 2))
         row = self._prompt(view.caption, view.segments) | self._subjects(stored, view, key)
-        return row | {"pixels": _channels_first(np.asarray(view.image)), "key": key, "sample": number}
+        return row | {"pixels": _channels_first(view.image), "key": key, "sample": number}
 
     def _stored_view(self, stored: EncodedSample, key: int, number: int) -> dict[str, Any]:
         """The same from one of the stored views, drawn by the key; its masks are area averages a latent cell."""
@@ -157,14 +158,13 @@ class Pipeline:
         inside = [replace(s, area=area) if area else None for s, area in zip(stored.segments, areas, strict=True)]
         chosen = self._choose.chosen(inside, self.resolution**2, stage_rng(key, 2))
         numbers = [segment.id for segment in stored.segments]
-        masks = torch.zeros(self.max_subjects, *counts.shape[1:])
-        pictures = self._no_pictures()
+        masks = np.zeros((self.max_subjects, *counts.shape[1:]), dtype=np.float32)
         for slot, segment in enumerate(chosen or ()):
-            cell = (self.resolution // counts.shape[-1]) ** 2
-            masks[slot] = torch.from_numpy(counts[numbers.index(segment.id)].astype(np.float32) / cell)
-            pictures[slot] = self._picture(*stored.subject(segment), slot, key)
+            masks[slot] = counts[numbers.index(segment.id)]
+        masks /= (self.resolution // counts.shape[-1]) ** 2
+        pictures = self._pictures([stored.subject(segment) for segment in chosen or ()], key)
         row = self._prompt("" if chosen is None else stored.caption, chosen or ())
-        row |= {"subject_masks": masks, "subject_pixels": pictures, "key": key, "sample": number}
+        row |= {"subject_masks": torch.from_numpy(masks), "subject_pixels": pictures, "key": key, "sample": number}
         return row | {"latents": torch.from_numpy(latents.copy())}
 
     def _prompt(self, text: str, segments: Sequence[Segment]) -> dict[str, Any]:
@@ -180,21 +180,20 @@ class Pipeline:
     def _subjects(self, stored: Sample, view: Sample, key: int) -> dict[str, torch.Tensor]:
         """Masks in the view, and pictures cut out of the stored picture at its full resolution."""
         masks = torch.zeros(self.max_subjects, self.resolution, self.resolution, dtype=torch.bool)
-        pictures = self._no_pictures()
         for slot, segment in enumerate(view.segments):
             masks[slot] = torch.from_numpy(view.labels == segment.id)
-            pictures[slot] = self._picture(stored.image, stored.labels == segment.id, slot, key)
-        return {"subject_masks": masks, "subject_pixels": pictures}
+        shown = [(stored.image, stored.labels == segment.id) for segment in view.segments]
+        return {"subject_masks": masks, "subject_pixels": self._pictures(shown, key)}
 
-    def _no_pictures(self) -> torch.Tensor:
-        """Empty slots."""
-        return torch.zeros(self.max_subjects, 3, self.subject_size, self.subject_size, dtype=torch.uint8)
-
-    def _picture(self, image: Picture, mask: np.ndarray, slot: int, key: int) -> torch.Tensor:
-        """A subject cut out as this pipeline's settings say."""
-        rng = stage_rng(key, 3 + slot)
-        look = (self.background, self.augment_subject, self.augmentation)
-        return _channels_first(cut_out(image, mask, self.subject_size, rng, *look))
+    def _pictures(self, subjects: Sequence[tuple[Image.Image | np.ndarray, np.ndarray]], key: int) -> torch.Tensor:
+        """Subjects, each a picture and its mask, cut out as this pipeline's settings say; empty slots are black."""
+        pictures = np.empty((self.max_subjects, 3, self.subject_size, self.subject_size), dtype=np.uint8)
+        pictures[len(subjects) :] = 0
+        for slot, (image, mask) in enumerate(subjects):
+            look = (self.background, self.augment_subject, self.augmentation)
+            picture = cut_out(image, mask, self.subject_size, stage_rng(key, 3 + slot), *look)
+            pictures[slot] = picture.transpose(2, 0, 1)
+        return torch.from_numpy(pictures)
 
     @property
     def _choose(self) -> ChooseSubjects:
@@ -213,5 +212,5 @@ def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     return Batch(**{"pixels": None, **stacked, "caption": tuple(stacked["caption"])})
 
 
-def _channels_first(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+def _channels_first(image: Picture) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
