@@ -64,7 +64,8 @@ class BadGradient:
 
 def train(world, run, number, *settings, hook=None):
     """`moa-train` as so many processes: exit codes and output."""
-    fusion = () if any("fastcomposer" in each for each in settings) else ("model.sinusoids=8",)
+    whole_unet = any(each in ("model=fastcomposer", "model=finetune") for each in settings)
+    fusion = () if whole_unet else ("model.sinusoids=8",)
     arguments = [each for each in world.overrides(*settings, f"run_dir={run}") if "sinusoids" not in each]
     with ranks(run.parent / f"output.{run.name}", [*arguments, *fusion], number, hook) as launch:
         return launch.codes(), launch.said()
@@ -152,6 +153,20 @@ def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_b
     for name, value in two["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name
         assert torch.equal(resumed["ema"]["average"][name], two["ema"]["average"][name]), name
+
+
+@pytest.mark.slow
+def test_four_ranks_that_split_a_finetuned_unet_take_the_steps_of_one(world, tmp_path):
+    settings = ("model=finetune", "optim.lr=1e-4", "max_steps=3")
+    four = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=1")
+    for name, number, given in (("one", 1, settings), ("four", 4, (*settings, *four))):
+        codes, said = train(world, tmp_path / name, number, *given)
+        assert codes == [0] * number, said
+    assert_close(load(tmp_path / "four"), load(tmp_path / "one"))
+    whole_rows = read_rows(tmp_path / "one" / "sample_log.csv")
+    shares = [tmp_path / "four" / f"sample_log{rank}.csv" for rank in ("", ".rank1", ".rank2", ".rank3")]
+    for row, *parts in zip(whole_rows, *map(read_rows, shares), strict=True):
+        assert [part["samples"] for part in parts] == row["samples"].split()
 
 
 @pytest.mark.slow

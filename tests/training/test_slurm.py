@@ -1,4 +1,4 @@
-"""The job script under a SLURM of two shell scripts: `srun` starts real tasks and signals them, `scontrol` notes."""
+"""The job script under a SLURM of three shell scripts: `srun` starts real tasks and signals them, `scontrol` notes."""
 
 import os
 import subprocess
@@ -38,12 +38,17 @@ echo "$@" >> "$REQUEUED"
 """
 
 
+SQUEUE = """#!/usr/bin/env bash
+[[ "$*" == "--noheader --jobs=42 --format=%T" ]] && echo "${STATE:-RUNNING}"
+"""
+
+
 class Slurm:
-    """A folder of the two commands, and the environment of job 42."""
+    """A folder of the three commands, and the environment of job 42."""
 
     def __init__(self, folder, tasks=1):
         self.folder, self.tasks = folder, tasks
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         moa_train = folder / "moa-train"
@@ -93,12 +98,20 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on_in_its_own_folder(
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(0, 0, False), (1, 0, False), (143, 99, True), (143, 100, False), (138, 3, True)]
+    ("code", "restarts", "state", "requeued"),
+    [
+        (0, 0, "RUNNING", False),
+        (1, 0, "RUNNING", False),
+        (143, 99, "RUNNING", True),
+        (143, 100, "RUNNING", False),
+        (138, 3, "RUNNING", True),
+        (143, 0, "COMPLETING", False),  # scancel, or SLURM puts it back itself
+    ],
 )
-def test_only_a_run_that_saved_and_stopped_is_put_back_and_not_for_ever(tmp_path, code, restarts, requeued):
+def test_only_a_run_that_saved_and_stopped_is_put_back_and_not_for_ever(tmp_path, code, restarts, state, requeued):
     slurm = Slurm(tmp_path)
     (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
-    done = slurm.start(restarts=restarts)
+    done = slurm.start(restarts=restarts, STATE=state)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
     assert ("not again (MAX_REQUEUES)" in done.stderr) == (restarts == 100)

@@ -13,6 +13,8 @@ from moa_train.cli.prior import prior_paths_as_source
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from moa_train.evaluation.gallery import ToyProtocol
+
 HELP = """\
 Measure personalized weights: identity, context, routing, diversity.
 
@@ -72,22 +74,18 @@ def run(cfg: DictConfig) -> None:
 
         evaluate_photos.run(cfg)
         return
-    from dataclasses import fields
-
     from omegaconf import OmegaConf
 
     from moa_train.evaluation.benchmark import run_toy
     from moa_train.evaluation.clip_score import ClipScore
     from moa_train.evaluation.comparison import save_pictures
-    from moa_train.evaluation.gallery import ToyProtocol
     from moa_train.evaluation.report import plain, table, write_report
     from moa_train.inference.device import device_and_dtype
     from moa_train.inference.pipeline import MoAPipeline
     from moa_train.prior.probe import load_probe
 
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    keys = [field.name for field in fields(ToyProtocol) if field.name != "seeds"]
-    protocol = ToyProtocol(seeds=tuple(settings["seeds"]), **{key: settings[key] for key in keys})
+    protocol = toy_protocol(cfg)
     device, dtype = device_and_dtype(settings["device"], settings["dtype"])
     probe = load_probe(_probe_folder(settings["probe"]))
     clip = ClipScore(**settings["clip"], device=str(device))
@@ -104,6 +102,16 @@ def run(cfg: DictConfig) -> None:
     OmegaConf.save(cfg, out / "eval.yaml")  # config.yaml would be that of a training run in this folder
     print(plain(table(numbers)))
     print(f"\n{numbers['seconds']} s; see {out / 'report.md'}, {out / 'samples.png'}")
+
+
+def toy_protocol(cfg: DictConfig) -> ToyProtocol:
+    """What benchmark=toy is to draw and to measure. Raises ValueError: it would give no comparison."""
+    from dataclasses import fields
+
+    from moa_train.evaluation.gallery import ToyProtocol
+
+    settings = {field.name: cfg[field.name] for field in fields(ToyProtocol)}
+    return ToyProtocol(**{**settings, "seeds": tuple(cfg.seeds)})
 
 
 def _probe_folder(name: str) -> Path:

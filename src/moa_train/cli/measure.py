@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moa_train.cli.evaluate import toy_protocol
 from moa_train.cli.overrides import read_arguments
 from moa_train.cli.paths import config_dir
 from moa_train.cli.schema import ArgumentError
@@ -22,7 +23,8 @@ def evaluation_settings(cfg: DictConfig) -> DictConfig:
     """What `moa-eval` is to do at the end of a run: the settings in `evaluate`, and the prior of the run.
 
     Raises:
-        ArgumentError: a setting that `moa-eval` does not have, or no settings; told before anything is trained.
+        ArgumentError, ValueError: a setting or a value that `moa-eval` does not take, or no settings; told before
+            anything is trained.
     """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -38,6 +40,8 @@ def evaluation_settings(cfg: DictConfig) -> DictConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             settings = compose("eval", given)
     settings.prior.source = cfg.prior.source
+    if settings.benchmark == "toy":
+        toy_protocol(settings)
     return settings
 
 
