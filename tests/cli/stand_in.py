@@ -1,6 +1,7 @@
 """Stands in for a trial's `moa-train`: reads the frozen configuration and behaves as its seed says, without a model.
 
-Seed 0 finishes, 1 ends with an error, 2 is killed, 3 has its sweep interrupted, 4 falls behind and waits to be pruned.
+Seed 0 finishes, 1 ends with an error, 2 is killed, 3 has its sweep interrupted, 4 falls behind and waits to be pruned,
+5 is asked to end before it listens, 6 when it does.
 """
 
 import os
@@ -25,6 +26,10 @@ if seed == 1 and not resumed:
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "last.ckpt").touch()
     sys.exit("moa-train: error: the prior is missing")
+if seed == 5:
+    os.kill(os.getpid(), signal.SIGUSR2)
+if seed == 6:
+    sys.exit(128 + signal.SIGUSR2)
 if seed == 2:
     os.kill(os.getpid(), signal.SIGKILL)
 if seed == 3 and not resumed:

@@ -97,6 +97,14 @@ def test_an_interrupted_sweep_ends_in_order_and_goes_on(sweep):
     assert [status(number) for number in range(3)] == ["finished"] * 3
 
 
+def test_a_trial_that_its_cluster_asks_to_end_has_not_failed(sweep):
+    """submitit's SIGUSR2 goes to every process of the job."""
+    code, _, err = sweep("seed=5,6,0")
+    assert code == 1
+    assert [status(number) for number in range(3)] == ["interrupted", "interrupted", "finished"]
+    assert "hydra.sweep.dir=s" in err.splitlines()[-1]
+
+
 def test_another_sweep_in_the_same_folder_is_refused(sweep):
     assert sweep("seed=0", "optim.lr=0.5")[0] == 0
     code, _, err = sweep("seed=0", "optim.lr=0.25")

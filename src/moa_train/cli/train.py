@@ -57,7 +57,7 @@ Loggers     (logger=):      {logger}
   compile=true  gradient_checkpointing=true         speed against start-up time; memory against speed
 
 A run's folder: config.yaml, metrics.csv, train.log, sample_log.csv, samples/, routing/, checkpoints/.
-SIGTERM, SIGUSR1 and Ctrl-C, to any process, save a checkpoint first (docs/survival.md).
+SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C, to any process, save a checkpoint first (docs/survival.md).
 Every setting with its meaning: configs/train.yaml and the groups beside it, or `moa-train --cfg job`.
 """
 

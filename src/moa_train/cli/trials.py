@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from moa_train.training.callbacks.signals import ASKING
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -35,8 +37,8 @@ _FROZEN = "trial"
 _LOCK = ".lock"
 _POLL = 0.5  # seconds between two looks at a running trial
 _GRACE = 60.0  # seconds for a checkpoint when this process itself has to go
-_SIGNALS = {128 + signum for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-"""Exit codes of runs that saved a checkpoint because a signal asked for it."""
+_ASKED = {code for signum in ASKING for code in (128 + signum, -signum)}
+"""Exit codes of runs that a signal asked to end: after a checkpoint, or before they could listen."""
 
 _HEADER = """\
 # A trial of a sweep, frozen. On its own: moa-train --config-path={folder} --config-name=trial ckpt=auto
@@ -194,7 +196,7 @@ def _outcome(code: int, asked: str, last: str) -> tuple[str, str]:
     """Status and reason."""
     if code == 0:
         return FINISHED, ""
-    if code == -signal.SIGTERM or code in _SIGNALS:  # the former: before it could listen
+    if code in _ASKED:
         return (PRUNED, asked) if asked.startswith(PRUNED) else (INTERRUPTED, "")
     if code < 0:
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""

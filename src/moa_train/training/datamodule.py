@@ -31,6 +31,7 @@ from moa_train.data.stream import (
 )
 from moa_train.data.views import check_views
 from moa_train.symbols import Batch
+from moa_train.training.callbacks.signals import ASKING
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
     The second SIGTERM ends the process: torch's own way to end one that hangs, repeated when the interpreter ends.
     """
-    for signum in (signal.SIGINT, signal.SIGUSR1):
+    for signum in ASKING:
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -40,7 +40,7 @@ class CheckpointNotWritten(OSError):
 class Checkpoints(StepCallback, Checkpoint):
     """Keeps `last.ckpt`, the latest few `step=000123.ckpt`, some for ever, and the best one by a metric.
 
-    On SIGTERM, SIGINT or SIGUSR1 to any rank, saves at the end of the step and ends the run.
+    On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank, saves at the end of the step and ends the run.
 
     Args:
         directory: where the files are.

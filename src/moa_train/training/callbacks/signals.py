@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what a batch system is told to send some minutes before the time is up."""
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGUSR1 is what a batch system is told to send some minutes before the time is up; submitit tells it SIGUSR2."""
 
 
 class Interrupted(SystemExit):
