@@ -1,5 +1,7 @@
 """`moa-data` as a person calls it."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,6 +37,15 @@ def test_toy_twice_changes_nothing_and_other_settings_are_refused(moa_data, tmp_
     code, _, err = moa_data(*TOY, "seed=1")
     assert code == 2
     assert "seed 0 there, 1 asked for" in err
+
+
+def test_without_a_terminal_progress_is_told_in_lines(moa_data, monkeypatch):
+    monkeypatch.setattr("moa_train.cli.data.common._SECONDS_A_LINE", 0.0)
+    _, _, err = moa_data(*TOY)
+    told = [
+        re.fullmatch(r"train: 6 samples: (\d) done, [\d.]+ a second, 0:00:0\d left", line) for line in err.splitlines()
+    ]
+    assert [int(line[1]) for line in told if line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_validate_says_that_all_is_well_or_what_is_not(moa_data, tmp_path):
@@ -105,6 +116,7 @@ def test_photos_of_nobody_are_refused(moa_data, tmp_path):
         (("toy", "subjects=[1,2,3]"), "expected fewest and most"),
         (("photos", "nowhere", "out=x"), "nowhere is not a folder"),
         (("photos", "nowhere"), "out is not given"),
+        (("validate", "s3://bucket/train"), "s3://bucket/train is a URL"),
         (("show", "nowhere"), "there is no nowhere/index.json"),
     ],
 )

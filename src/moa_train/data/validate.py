@@ -67,8 +67,10 @@ def tars_of(folder: str | Path) -> list[Path]:
     """The shards that lie in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the folder is a URL.
     """
+    if "://" in str(folder):
+        raise ValueError(f"{folder} is a URL; shards are checked in a local folder: copy them there first")
     paths = sorted(Path(folder).glob("*.tar"))
     if not paths:
         raise ValueError(f"there is no .tar in {folder}: give the folder of one split")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +43,42 @@ def pack(source: Source, split: str, settings: dict[str, Any], config: dict[str,
         print(f"  by name in {report}")
 
 
+_SECONDS_A_LINE = 15.0
+"""Between two lines of progress where there is no terminal."""
+
+
 @contextmanager
 def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; call what it yields with the number done."""
+    """A bar with the time left, plain lines where there is no terminal; call what it yields with the number done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _Lines(text, total)
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+class _Lines:
+    """Progress as lines on stderr; the rate is that since the first call, which may tell of an earlier run's work."""
+
+    def __init__(self, text: str, total: int) -> None:
+        self.text, self.total = text, total
+        self.first: tuple[int, float] | None = None
+        self.told = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        before, began = self.first = self.first or (done, now)
+        if now - self.told >= _SECONDS_A_LINE and done > before:
+            rate = (done - before) / (now - began)
+            left = timedelta(seconds=round((self.total - done) / rate))
+            print(f"{self.text}: {done} done, {rate:.1f} a second, {left} left", file=sys.stderr, flush=True)
+            self.told = now
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
