@@ -58,6 +58,15 @@ def test_overlay_keeps_what_is_routed_to_the_personalized_expert():
     assert heat[0, 3] > heat[0, 0]
 
 
+def test_long_titles_stay_above_their_columns():
+    row = [Image.new("RGB", (64, 64), "white")] * 3
+    sheet = np.asarray(contact_sheet([row], ("", "on a snowy mountain by night", ""), side=64))
+    written = np.nonzero((sheet < 128).any(axis=(0, 2)))[0]
+    assert 4 + 64 <= written.min() < written.max() < 4 + 2 * 64 + 4 + 4
+    plain = np.asarray(contact_sheet([row], ("", "sea", ""), side=64))
+    assert (plain < 128).sum() > 0
+
+
 def test_contact_sheet_places_every_picture_in_its_cell():
     colours = [["red", "lime"], ["blue"]]
     rows = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours]

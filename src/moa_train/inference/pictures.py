@@ -21,7 +21,8 @@ from moa_train.inference.regions import routed_region
 from moa_train.inference.subject_pipeline import SubjectPipeline
 from moa_train.inference.subjects import Subject, Views, photo_and_mask
 
-FONT = ImageFont.load_default(12)
+_FONT_SIZE = 12
+FONT = ImageFont.load_default(_FONT_SIZE)
 """Of all lettering in figures."""
 
 _GAP, _CAPTION = 4, 18
@@ -123,13 +124,19 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
         middle = (_GAP + column * (side + _GAP) + side // 2, top // 2 + 1)
-        draw.text(middle, title, fill="black", font=FONT, anchor="mm")
+        draw.text(middle, title, fill="black", font=_fitting(title, side + _GAP), anchor="mm")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
             place = (_GAP + column * (side + _GAP), _GAP + top + row * (height + _GAP))
             sheet.paste(image.convert("RGB").resize((side, height), method), place)
     return sheet
+
+
+def _fitting(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font, smaller where the text is wider than its column."""
+    share = (width - 2) / max(FONT.getlength(text), 1)
+    return FONT if share >= 1 else ImageFont.load_default(_FONT_SIZE * share)
 
 
 def text_tile(text: str, side: int) -> Image.Image:
