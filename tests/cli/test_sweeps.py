@@ -182,6 +182,9 @@ def test_what_falls_behind_is_pruned_by_a_signal_and_counts(sweep):
     study = optuna.load_study(study_name="study", storage=storage.partition("=")[2])
     assert [trial.state for trial in study.trials] == [TrialState.PRUNED]
     assert study.trials[0].intermediate_values == {2: -1.0}
+    code, out, _ = sweep(*OPTUNA, "seed=4", "hydra.sweeper.n_trials=1", *pruned)
+    assert code == 0
+    assert "1 trials done, 0 to go" in out
 
 
 def test_an_interrupted_trial_of_a_study_goes_on_with_its_values(sweep):
@@ -197,8 +200,9 @@ def test_an_interrupted_trial_of_a_study_goes_on_with_its_values(sweep):
 def test_failed_trials_do_not_count_and_are_not_repeated_for_ever(sweep):
     assert sweep(*OPTUNA, "seed=2", "hydra.sweeper.n_trials=2")[0] == 1
     assert [status(number) for number in range(3)] == ["failed", "failed", None]
-    assert sweep(*OPTUNA, "seed=0", "hydra.sweeper.n_trials=1")[0] == 1  # the failed two stay in the summary
-    assert status(2) == "finished"
+    more = ("hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=2")  # no more at once than are left
+    assert sweep(*OPTUNA, "seed=0", *more)[0] == 1  # the failed two stay in the summary
+    assert [status(number) for number in (2, 3)] == ["finished", None]
 
 
 def test_mistakes_of_a_study_are_told_in_one_line(sweep):
