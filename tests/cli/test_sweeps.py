@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from moa_train.cli import evaluate, train, trials
+from moa_train.cli import evaluate, study, train, trials
 from moa_train.cli.collect import gather, over_seeds
 from moa_train.cli.study import distribution
 
@@ -179,9 +180,9 @@ def test_what_falls_behind_is_pruned_by_a_signal_and_counts(sweep):
     assert sweep(*OPTUNA, "seed=4", "hydra.sweeper.n_trials=1", *pruned)[0] == 0
     record = trials.read_record(Path("s/0"))
     assert (record.status, record.exit_code, record.error) == ("pruned", 143, "pruned at step 2, val/identity_gap -1")
-    study = optuna.load_study(study_name="study", storage=storage.partition("=")[2])
-    assert [trial.state for trial in study.trials] == [TrialState.PRUNED]
-    assert study.trials[0].intermediate_values == {2: -1.0}
+    stored = optuna.load_study(study_name="study", storage=storage.partition("=")[2])
+    assert [trial.state for trial in stored.trials] == [TrialState.PRUNED]
+    assert stored.trials[0].intermediate_values == {2: -1.0}
     code, out, _ = sweep(*OPTUNA, "seed=4", "hydra.sweeper.n_trials=1", *pruned)
     assert code == 0
     assert "1 trials done, 0 to go" in out
@@ -195,6 +196,17 @@ def test_an_interrupted_trial_of_a_study_goes_on_with_its_values(sweep):
     assert sweep(*OPTUNA, *settings)[0] == 0
     assert (status(0), OmegaConf.load("s/0/trial.yaml").optim.lr) == ("finished", proposed)
     assert not Path("s/1").exists()
+
+
+def test_trials_begun_before_go_on_in_launches_of_consecutive_numbers():
+    """Trial N is job N of a launch, and a launch counts on from its first."""
+    settings = {"n_jobs": 3, "metric": "val/identity_gap"}
+    search = study._Search(None, settings, {}, [], Path("s"), lambda jobs, first: None)
+    begun, launched = [SimpleNamespace(number=number) for number in (1, 2, 4, 5, 6, 7)], []
+    while begun:
+        batch, begun = search._batch(begun, left=9)
+        launched.append([trial.number for trial in batch])
+    assert launched == [[1, 2], [4, 5, 6], [7]]
 
 
 def test_failed_trials_do_not_count_and_are_not_repeated_for_ever(sweep):
