@@ -106,6 +106,19 @@ def test_a_trial_that_its_cluster_asks_to_end_has_not_failed(sweep):
     assert "hydra.sweep.dir=s" in err.splitlines()[-1]
 
 
+def test_the_first_signal_asks_and_the_second_ends_at_once(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with trials.StopOnSignal(tmp_path, (signal.SIGINT,)):
+            signal.raise_signal(signal.SIGINT)
+            assert (tmp_path / trials.STOP).read_text() == "interrupted"
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_sweep_in_the_same_folder_is_refused(sweep):
     assert sweep("seed=0", "optim.lr=0.5")[0] == 0
     code, _, err = sweep("seed=0", "optim.lr=0.25")
