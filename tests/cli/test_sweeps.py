@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
+import psutil
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -94,8 +96,43 @@ def test_an_interrupted_sweep_ends_in_order_and_goes_on(sweep):
     assert code == 130
     assert [status(number) for number in range(3)] == ["finished", "interrupted", None]
     assert "moa-train -m seed=0,3,0 hydra.sweep.dir=s" in err.splitlines()[-1]
+    assert not Path("s/stop").exists()
+    Path("s/1/stop").write_text("pruned at step 2")  # of the process before: it does not end this one
     assert sweep("seed=0,3,0")[0] == 0
     assert [status(number) for number in range(3)] == ["finished"] * 3
+    assert not Path("s/1/stop").exists()
+
+
+def test_a_launcher_that_gives_up_its_place_lets_the_trial_save(sweep, monkeypatch):
+    def given_up(child, folder, sweep, relay):
+        while "attempt" not in (folder / "output.log").read_text():
+            time.sleep(0.01)
+        raise SystemExit(7)
+
+    monkeypatch.setattr(trials, "_wait", given_up)
+    assert sweep("seed=4")[0] == 7
+    record = trials.read_record(Path("s/0"))
+    assert (record.status, record.exit_code) == ("interrupted", 143)
+
+
+def test_a_trial_whose_sweep_was_killed_keeps_its_folder(tmp_path):
+    code = (
+        f"import sys; from moa_train.cli import train, trials; trials.COMMAND = (sys.executable, {str(STAND_IN)!r}); "
+        "sys.argv = ['moa-train', '-m', 'hydra.sweep.dir=s', 'seed=4']; train.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    output = tmp_path / "s" / "0" / "output.log"
+    while not output.exists() or b"attempt" not in output.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.05)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    with trials.locked(output.parent) as lock:
+        assert lock is None
+    child.kill()
+    child.wait()
+    assert trials.read_record(output.parent).status == "lost"
 
 
 def test_a_trial_that_its_cluster_asks_to_end_has_not_failed(sweep):

@@ -1,4 +1,4 @@
-"""The job script under a SLURM of three shell scripts: `srun` starts real tasks and signals them, `scontrol` notes."""
+"""The job script under a SLURM of three shell scripts (`srun` starts and signals, `scontrol` notes); ranks of a job."""
 
 import os
 import subprocess
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from moa_train.training.metrics_csv import read_rows
+from moa_train.training.strategies import cluster
 from tiny import load
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "train.sbatch"
@@ -17,7 +19,7 @@ SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for ((task = 0; task < SLURM_NTASKS; task++)); do
-  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+  SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
   tasks+=($!)
 done
 if [ "$SLURM_RESTART_COUNT" = 0 ]; then
@@ -115,3 +117,39 @@ def test_only_a_run_that_saved_and_stopped_is_put_back_and_not_for_ever(tmp_path
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
     assert ("not again (MAX_REQUEUES)" in done.stderr) == (restarts == 100)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, LightningEnvironment),  # an sbatch script without srun
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, LightningEnvironment),  # a trial
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "4", "SLURM_STEP_NUM_TASKS": "4"}, SLURMEnvironment),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "x"}, None),
+    ],
+)
+def test_only_the_tasks_of_srun_are_ranks(monkeypatch, variables, expected):
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [type(each) for each in cluster(nodes=1)] == ([] if expected is None else [expected])
+
+
+def test_one_process_of_a_slurm_job_cannot_be_several_machines(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    with pytest.raises(ValueError, match="num_nodes=2 in a SLURM job, but this process is alone"):
+        cluster(nodes=2)
+
+
+@pytest.mark.slow
+def test_a_job_without_srun_starts_the_ranks_that_it_was_asked_for(world, tmp_path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=1")
+    command = [sys.executable, "-m", "moa_train.train", *world.overrides(*two, "max_steps=1", f"run_dir={tmp_path}")]
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [len(read_rows(tmp_path / f"sample_log{rank}.csv")) for rank in ("", ".rank1")] == [1, 1]

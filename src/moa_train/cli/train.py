@@ -191,9 +191,7 @@ def build_data(cfg: DictConfig, prior: Prior) -> MoADataModule:
 
 def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     """The trainer with its callbacks and loggers."""
-    from lightning_fabric.plugins.environments import SLURMEnvironment
-
-    from moa_train.training.strategies import check_strategy
+    from moa_train.training.strategies import check_strategy, cluster
     from moa_train.training.writer import CheckpointWriter
 
     callbacks = [_build(callback) for callback in cfg.callbacks.values() if callback is not None]
@@ -205,9 +203,7 @@ def build_trainer(cfg: DictConfig, prior: Prior) -> pl.Trainer:
     validation: dict[str, Any] = {"limit_val_batches": 0}
     if cfg.validate_every is not None:  # Lightning counts micro-batches
         validation = {"val_check_interval": cfg.validate_every * cfg.trainer.accumulate_grad_batches}
-    plugins: list[Any] = [CheckpointWriter()]
-    if SLURMEnvironment.detect():  # Lightning's own requeueing would resume from a file of its own
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    plugins: list[Any] = [CheckpointWriter(), *cluster(cfg.trainer.num_nodes)]
     if isinstance(cfg.trainer.strategy, str):
         check_strategy(cfg.trainer.strategy)
     make = _build(cfg.trainer)

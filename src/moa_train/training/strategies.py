@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -82,6 +89,27 @@ class FullySplit(ModelParallelStrategy):
             }
             states.append({**saved, "state": kept})
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def cluster(nodes: int) -> list[ClusterEnvironment]:
+    """Where the ranks of a SLURM job come from; empty outside of one, and under torchrun, which Lightning finds itself.
+
+    The tasks of an `srun` are the ranks. One process alone (an sbatch script without `srun`, a trial of a sweep) starts
+    its own; Lightning would take the job's numbers for the run's, and train with fewer ranks than were asked for.
+
+    Raises:
+        ValueError: one process alone cannot start ranks on several machines.
+    """
+    if "SLURM_JOB_ID" not in os.environ or TorchElasticEnvironment.detect():
+        return []
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeueing would resume from a file of its own
+    if nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={nodes} in a SLURM job, but this process is alone: start one a rank with srun, as "
+            "scripts/slurm/train.sbatch does, or torchrun on each machine"
+        )
+    return [LightningEnvironment()]
 
 
 def _timeout(seconds: float) -> timedelta:
