@@ -28,6 +28,7 @@ for seed in $seeds; do
         esac
         case ${method#narrow_} in
             no_router) settings+=(loss.router.weight=0.0) ;;
+            unmasked) settings+=(loss.mask_probability=0.0 loss.mask_warmup=0.0) ;;
             fastcomposer | finetune) settings+=(model="${method#narrow_}" optim.lr=3e-4) ;; # the whole U-Net trains
             *) settings+=(model="${method#narrow_}") ;;
         esac
