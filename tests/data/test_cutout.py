@@ -131,6 +131,11 @@ def test_what_is_stored_of_a_subject_gives_its_cut_out():
             np.testing.assert_array_equal(one, other)
 
 
+def test_a_stored_colour_above_its_weight_does_not_wrap_round():
+    white, half = np.full((6, 6, 3), 255, np.uint8), np.full((6, 6), 128, np.uint8)
+    assert (cutout.cut_out(white, half, 6, np.random.default_rng(0)) == 255).all()
+
+
 def test_noise_behind_a_reduced_subject_is_that_of_the_result():
     """White noise at the encoder's size, however large the photo is: neighbours are independent."""
     mask = np.zeros((900, 900), dtype=bool)

@@ -85,7 +85,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_a_lost_rank_is_named(world
         assert torch.allclose(load(run)["state_dict"][name], value, atol=2e-5), name
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_that_reaches_the_loaders_processes_too_ends_in_a_checkpoint(world, tmp_path, signum):
     """As a batch system signals all processes of a job, and a terminal all of a command."""
     run = tmp_path / "run"

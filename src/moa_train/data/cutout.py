@@ -116,7 +116,7 @@ def _place(
     behind += behind >> 8
     behind >>= 8  # a rounded division by 255
     window[...] = behind
-    window += subject.reshape(height, 3 * width)  # no more than its weight: at most 255
+    window += np.minimum(subject.reshape(height, 3 * width), ~window)  # at most 255, whatever a record holds
 
 
 def _upper_square(width: int, top: int, bottom: int, rng: np.random.Generator) -> int:
