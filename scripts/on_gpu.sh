@@ -28,7 +28,13 @@ say "a short run, and its resume"
 run=("$python" -m moa_train.train experiment=toy trainer=$trainer run_dir="$work/run" data.batch_size=8
      data.train="$work/toy/train" data.validation="$work/toy/validation" validate_every=null callbacks.samples=null)
 "${run[@]}" max_steps=2
-"${run[@]}" max_steps=4 ckpt="$work/run/checkpoints/last.ckpt"
+last="$work/run/checkpoints/last.ckpt"
+"${run[@]}" max_steps=4 ckpt="$last"
+one=(trainer.accelerator=${device/cuda/gpu} trainer.devices=1)
+"${run[@]}" trainer=fsdp "${one[@]}" max_steps=6 ckpt="$last"
+if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)'; then
+  "${run[@]}" trainer=deepspeed "${one[@]}" max_steps=8 ckpt="$last"
+fi
 "$python" -m moa_train.export ckpt="$work/run/checkpoints/last.ckpt" out="$work/personalized.safetensors"
 
 say "pictures and the benchmark"

@@ -98,8 +98,16 @@ def test_ranks_that_split_the_model_share_all_but_activations_and_what_the_unet_
     frozen = sum(value.numel() * 4 for value in unet.values() if not value.requires_grad)
     trained = sum(value.numel() * 4 for value in unet.values() if value.requires_grad)
     shared = frozen + 5 * trained  # weight, gradient, two moments, average
-    assert memory.over(4) == memory.total - shared + -(-shared // 4) + memory.gathered
+    assert memory.fsdp(4) == memory.total - shared + -(-shared // 4) + memory.gathered
     assert 0 < memory.gathered < frozen + 2 * trained
+
+
+def test_ranks_that_split_the_optimizer_share_gradients_moments_and_a_copy_of_what_trains(parts):
+    """The bound: what one rank holds, of which three quarters go away, and two buckets, all of so small a model."""
+    module, batch = parts
+    memory = step_memory(module, batch, bf16=False, averaged=True)
+    trained = sum(value.numel() * 4 for value in module.trained_parameters().values())
+    assert memory.deepspeed(4) == memory.total - 3 * trained + 4 * trained // 4 + 2 * trained
 
 
 @pytest.fixture
@@ -136,11 +144,12 @@ def test_a_plan_tells_all_and_writes_nothing(plan, finished, tmp_path):
 
 
 def test_a_plan_tells_what_each_of_several_ranks_holds(plan):
-    for trainer, more in (("ddp", 1), ("fsdp", 0)):
+    for trainer, more in (("ddp", 1), ("fsdp", 0), ("deepspeed", 0)):
         code, out, _ = plan(f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "plan_steps=0")
         assert code == 0
         assert len([line for line in out.splitlines() if line.startswith("  with ddp")]) == more
         assert "at most on each of 2 ranks, which split the model" in out
+        assert "at most on each of 2 ranks, which split the optimizer" in out
 
 
 def test_all_problems_are_told_at_once(plan, monkeypatch):

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from moa_train.cli.train import build_trainer
 from moa_train.training.callbacks.ranks import RankWatch
 from moa_train.training.metrics_csv import read_rows
-from moa_train.training.strategies import check_strategy, ddp, fsdp
+from moa_train.training.strategies import check_strategy, ddp, deepspeed, fsdp
 from processes import SignalAt, ranks
 from tiny import load
 
@@ -97,23 +103,32 @@ def test_a_signal_that_reaches_the_loaders_processes_too_ends_in_a_checkpoint(wo
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(ddp, "strategy.timeout=0"), (fsdp, "strategy.timeout=0"), (RankWatch, "ranks.timeout=0")]
+    ("make", "message"),
+    [
+        (ddp, "strategy.timeout=0"),
+        (fsdp, "strategy.timeout=0"),
+        (deepspeed, "strategy.timeout=0"),
+        (RankWatch, "ranks.timeout=0"),
+    ],
 )
 def test_a_timeout_that_is_none_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(timeout=0.0)
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, "fsdp", "deepspeed_stage_2", "deepspeed"])
+@pytest.mark.parametrize(
+    "kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, "fsdp", "deepspeed_stage_2", "deepspeed"]
+)
 def test_other_ways_to_split_the_model_are_refused_with_the_one_to_use(kind):
     name = kind if isinstance(kind, str) else kind.__name__
     with pytest.raises(ValueError, match=f"trainer.strategy={name} splits the model.*use trainer=fsdp"):
         check_strategy(kind if isinstance(kind, str) else kind())
 
 
-def test_what_is_not_tried_with_a_split_model_is_refused(world, tmp_path):
-    split = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={tmp_path}")
-    with pytest.raises(ValueError, match=r"compile=true .*trainer=fsdp"):
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_is_not_tried_with_a_split_model_is_refused(world, tmp_path, kind):
+    split = (f"trainer={kind}", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={tmp_path}")
+    with pytest.raises(ValueError, match=rf"compile=true .*trainer={kind}"):
         build_trainer(world.config(*split, "compile=true"), None)
     with pytest.raises(ValueError, match="16-mixed"):
         build_trainer(world.config(*split, "trainer.precision=16-mixed"), None)
@@ -121,6 +136,14 @@ def test_what_is_not_tried_with_a_split_model_is_refused(world, tmp_path):
         build_trainer(world.config("trainer.strategy=deepspeed", f"run_dir={tmp_path}"), None)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(), SingleDeviceStrategy("cpu"), fsdp()])
+def test_deepspeed_is_asked_for_a_stage_that_it_has_and_where_it_is_installed(monkeypatch):
+    with pytest.raises(ValueError, match=r"strategy\.stage=3: expected 1 or 2; trainer=fsdp"):
+        deepspeed(stage=3)
+    monkeypatch.setattr("moa_train.training.strategies.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'moa-train\[deepspeed\]', or use trainer=fsdp"):
+        deepspeed()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(), SingleDeviceStrategy("cpu"), fsdp(), deepspeed()])
 def test_strategies_that_keep_average_and_checkpoints_whole_are_let_through(strategy):
     check_strategy(strategy)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _FITS = 0.9  # share of the free memory that an estimate may take before real steps are left out
 _GB = 1e9
 _GPUS = 8  # of a machine that is not this one
-_FSDP = "moa_train.training.strategies.fsdp"
 
 
 @dataclass
@@ -147,12 +146,15 @@ def _memory(found: Plan, memory: Memory, libraries: int) -> None:
     needed = memory.total
     if found.cfg.trainer.devices not in (1, "1"):
         ranks = _ranks(found.cfg)
-        told = f"{_size(memory.over(ranks) + more)} at most on each of {ranks} ranks, which split the model"
-        if OmegaConf.select(found.cfg, "trainer.strategy._target_") == _FSDP:
-            needed = memory.over(ranks)
+        shares = {"fsdp": memory.fsdp(ranks), "deepspeed": memory.deepspeed(ranks)}
+        chosen = str(OmegaConf.select(found.cfg, "trainer.strategy._target_")).rpartition(".")[2]
+        if chosen in shares:
+            needed = shares[chosen]
         else:
             found.say("  with ddp", f"{_size(memory.gradients)} more for its buckets")
-        found.say("  with fsdp", told)
+        for name, what in (("fsdp", "model"), ("deepspeed", "optimizer")):
+            told = f"{_size(shares[name] + more)} at most on each of {ranks} ranks, which split the {what}"
+            found.say(f"  with {name}", told)
     free = _free_memory(on_cpu)
     if free is not None and needed > free:
         found.problems.append(

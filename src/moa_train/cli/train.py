@@ -31,6 +31,7 @@ Train MoA: teach a text-to-image model to draw the people (or other subjects) in
   moa-train experiment=ffhq_sd15 data.train=FOLDER data.validation=FOLDER      the paper's set-up, on a GPU
   moa-train experiment=ffhq_sd15 trainer=ddp ...    on all GPUs of this machine (several machines: docs/scaling.md)
   moa-train model=fastcomposer trainer=fsdp ...    the same, the model split over them: where the whole U-Net trains
+                                                    (trainer=deepspeed: the optimizer)
   moa-train plan experiment=ffhq_sd15 ...           what it needs: memory by part, disk, time; and all that is wrong
   moa-train ckpt=last                               goes on with the newest run of this name, in its folder
   moa-train -m optim.lr=1e-4,3e-4 seed=0,1          a sweep: one run, in a process of its own, for each combination

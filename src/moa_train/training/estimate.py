@@ -20,6 +20,7 @@ from moa_train.training.callbacks.steps import StepCallback
 from moa_train.training.module import MoAModule, Noised
 from moa_train.training.objective import Masks
 from moa_train.training.split import gathered_bytes
+from moa_train.training.zero import ZERO_BUCKET
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,18 @@ class Memory:
         """Everything at the moment when it is most."""
         return self.frozen + self.trained + self.gradients + self.optimizer + self.average + self.working
 
-    def over(self, ranks: int) -> int:
+    def fsdp(self, ranks: int) -> int:
         """`total` of one of so many ranks that split the model (trainer=fsdp)."""
         parts = self.split + self.trained + self.gradients + self.optimizer + self.average
         return self.total - parts + -(-parts // ranks) + self.gathered
+
+    def deepspeed(self, ranks: int) -> int:
+        """`total` of one of so many ranks that split the optimizer (trainer=deepspeed, stage 2).
+
+        The optimizer's part has weights of its own; two buckets of gradients are on their way at one moment.
+        """
+        parts = self.gradients + self.optimizer
+        return self.total - parts + -(-(parts + self.trained) // ranks) + 2 * min(self.trained, 4 * ZERO_BUCKET)
 
 
 def checkpoint_bytes(module: MoAModule, averaged: bool) -> int:

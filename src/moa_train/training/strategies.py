@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_fabric.plugins.environments import (
@@ -23,6 +24,7 @@ from pytorch_lightning.strategies import (
 from torch.optim import Optimizer
 
 from moa_train.training.split import gathered, part_like
+from moa_train.training.zero import ZERO_BUCKET, ZeroStrategy
 
 
 def ddp(timeout: float = 600.0) -> DDPStrategy:
@@ -44,6 +46,29 @@ def fsdp(timeout: float = 600.0) -> FullySplit:
         timeout: seconds that a collective operation waits for the other processes before it fails.
     """
     return FullySplit(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=_timeout(timeout))
+
+
+def deepspeed(stage: int = 2, timeout: float = 600.0) -> ZeroStrategy:
+    """Moments and gradients are split over the processes by DeepSpeed.
+
+    Args:
+        stage: of ZeRO. 1: moments are split; 2: gradients, too.
+        timeout: seconds that a collective operation waits for the other processes before it fails.
+
+    Raises:
+        ValueError: another stage; or DeepSpeed is not installed.
+    """
+    if stage not in (1, 2):
+        raise ValueError(f"trainer.strategy.stage={stage}: expected 1 or 2; trainer=fsdp splits the weights, too")
+    if find_spec("deepspeed") is None:
+        raise ValueError("trainer=deepspeed needs DeepSpeed: pip install 'moa-train[deepspeed]', or use trainer=fsdp")
+    return ZeroStrategy(
+        stage=stage,
+        timeout=_timeout(timeout),
+        reduce_bucket_size=ZERO_BUCKET,
+        allgather_bucket_size=ZERO_BUCKET,
+        logging_batch_size_per_gpu=1,  # for messages of DeepSpeed that are off; it would ask the stream
+    )
 
 
 class FullySplit(ModelParallelStrategy):
@@ -124,12 +149,15 @@ def check_strategy(strategy: str | Strategy, compiled: bool = False) -> None:
     Raises:
         ValueError: names what to use instead; or a split model has compiled blocks.
     """
-    if compiled and isinstance(strategy, FullySplit):
-        raise ValueError("compile=true with trainer=fsdp did not end in a trial: use compile=false, or trainer=ddp")
+    if compiled and isinstance(strategy, (FullySplit, ZeroStrategy)):
+        name = "fsdp" if isinstance(strategy, FullySplit) else "deepspeed"
+        raise ValueError(f"compile=true with trainer={name} is not supported: use compile=false, or trainer=ddp")
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    splits = isinstance(strategy, DeepSpeedStrategy) or name.startswith(("fsdp", "deepspeed"))
-    if splits or not isinstance(strategy, (str, SingleDeviceStrategy, DDPStrategy, FullySplit)):
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullySplit))
+    foreign = isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeroStrategy)
+    if foreign or name.startswith(("fsdp", "deepspeed")) or not (known or isinstance(strategy, str)):
         raise ValueError(
             f"trainer.strategy={name} splits the model in a way that average, checkpoints and pictures do not support: "
-            "use trainer=fsdp, which splits weights, gradients and optimizer over the processes (docs/scaling.md)"
+            "use trainer=fsdp, which splits weights, gradients and optimizer over the processes, or trainer=deepspeed "
+            "(docs/scaling.md)"
         )

@@ -26,6 +26,7 @@ from moa_train.training.callbacks.steps import StepCallback
 from moa_train.training.module import MoAModule
 from moa_train.training.nonfinite import MOST, MicroBatch, Record, record_path, save_weights
 from moa_train.training.split import whole
+from moa_train.training.zero import ZeroStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +126,20 @@ class FiniteSteps(StepCallback):
     ) -> None:
         self._settle(trainer, pl_module)  # of the step before, whose weights are still those that it had
         assert self._loss is not None
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        zero = trainer.strategy if isinstance(trainer.strategy, ZeroStrategy) else None
+        norm = _norm(optimizer) if zero is None else zero.gradient_norm()
         pl_module.log("train/grad_norm", norm, batch_size=1)
         agreed = _agreed(self._loss, norm, trainer.world_size)
-        scales, fused = _scales(trainer), all(group.get("fused") for group in optimizer.param_groups)
+        scales = _scales(trainer)
+        fused = zero is None and all(group.get("fused") for group in optimizer.param_groups)
         self._step = _Step(trainer.global_step + 1, Later(agreed), self._micro, scales or fused)
         if fused and not scales:
             optimizer.found_inf = (agreed[0] + agreed[1] > 0).float()  # type: ignore[attr-defined]
         elif not scales and any(self._step.facts.values()[:2]):
-            optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing, moments included
+            if zero is None:
+                optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing, moments included
+            else:
+                zero.leave_out()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -239,6 +244,11 @@ class FiniteSteps(StepCallback):
             self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
             self._weights_kept = state["weights_kept"]
             self._window.fill(state["losses"])
+
+
+def _norm(optimizer: Optimizer) -> Float[Tensor, ""]:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def _agreed(loss: Float[Tensor, ""], norm: Float[Tensor, ""], world: int) -> Float[Tensor, " facts"]:

@@ -15,6 +15,7 @@ from torch.distributed import DistError, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from moa_train.training.split import held_bytes, is_split
+from moa_train.training.zero import ZeroStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +141,10 @@ def _ending(code: int) -> str:
 
 
 def _tell_shares(trainer: pl.Trainer) -> None:
+    if not trainer.is_global_zero:
+        return
     model = trainer.strategy.model
-    if isinstance(model, DistributedDataParallel) and trainer.is_global_zero:
+    if isinstance(model, DistributedDataParallel):
         data = model._get_ddp_logging_data()
         logger.info(
             "%d ranks average %d gradients of %d bytes in each step",
@@ -149,6 +152,9 @@ def _tell_shares(trainer: pl.Trainer) -> None:
             data["num_parameter_tensors"],
             data["total_parameter_size_bytes"],
         )
-    elif is_split(trainer.lightning_module) and trainer.is_global_zero:
+    elif isinstance(trainer.strategy, ZeroStrategy):
+        held, every = trainer.strategy.shares()
+        logger.info("%d ranks step %d bytes of weights, the first one %d of them", trainer.world_size, every, held)
+    elif is_split(trainer.lightning_module):
         held, every = held_bytes(trainer.lightning_module)
         logger.info("%d ranks split %d bytes of weights, the first one holds %d", trainer.world_size, every, held)

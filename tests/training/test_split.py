@@ -1,4 +1,7 @@
-"""`trainer=fsdp`: ranks that hold parts of the weights take the steps of one process, and share its files."""
+"""`trainer=fsdp` and `trainer=deepspeed`: ranks that hold parts of weights or moments take the steps of one process.
+
+They share its files, too.
+"""
 
 import json
 import signal
@@ -18,12 +21,17 @@ from moa_train.training.split import is_split, split_weights, whole
 from processes import SignalAt, ranks
 from tiny import load
 
-SPLIT = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
+KINDS = ("fsdp", "deepspeed")
 PICTURES = (
     "callbacks.samples={_target_: moa_train.training.callbacks.samples.SamplePictures, _partial_: true, "
     "directory: ${run_dir}, every_n_steps: 4, number: 2, steps: 2, guidance: 2.0, seed: 0}"
 )
 FASTCOMPOSER = ("model=fastcomposer", "optim.lr=1e-4", "max_steps=4", "callbacks.checkpoint.every_n_steps=2")
+
+
+def split(kind, devices=2):
+    """Settings of so many ranks on the CPU."""
+    return (f"trainer={kind}", "trainer.accelerator=cpu", f"trainer.devices={devices}")
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,15 @@ class BadGradient:
         from moa_train.training.callbacks.finite import FiniteSteps
         from moa_train.training.callbacks.sample_log import SampleLog
         from moa_train.training.split import own_part
+        from moa_train.training.zero import ZeroStrategy
 
         judge, log = FiniteSteps.on_before_optimizer_step, SampleLog.after_step
 
         def spoil_and_judge(callback, trainer, module, optimizer):
             if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
-                own_part(optimizer.param_groups[0]["params"][0].grad).fill_(float("nan"))
+                zero = isinstance(trainer.strategy, ZeroStrategy)
+                parts = optimizer.averaged_gradients[0] if zero else [optimizer.param_groups[0]["params"][0].grad]
+                own_part(parts[0]).fill_(float("nan"))
             judge(callback, trainer, module, optimizer)
 
         def log_and_measure(callback, trainer, module, step):
@@ -82,7 +93,8 @@ def assert_close(given, expected):
 
 
 @pytest.mark.slow
-def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world, tmp_path, kind):
     """With accumulation, recomputed activations, a trained encoder block, the average, a signal to the second rank."""
     settings = ("max_steps=4", "optim.lr=1e-4", "validate_every=4", "gradient_checkpointing=true")
     settings += (
@@ -93,7 +105,7 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
     )
     straight = world.train(tmp_path / "straight", *settings)
     run = tmp_path / "run"
-    parts = (*settings, *SPLIT, "data.batch_size=1", "trainer.accumulate_grad_batches=2", PICTURES)
+    parts = (*settings, *split(kind), "data.batch_size=1", "trainer.accumulate_grad_batches=2", PICTURES)
 
     codes, said = train(world, run, 2, *parts, hook=SignalAt(2, signal.SIGTERM, (1,)))
     assert codes == [143, 143], said
@@ -122,10 +134,11 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
 
 
 @pytest.mark.slow
-def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_bit(world, tmp_path):
-    """FastComposer, whose U-Net trains, and the optimizer of GPUs; each rank holds half of weights and moments."""
+@pytest.mark.parametrize(("kind", "halved"), [("fsdp", {"weights", "moments"}), ("deepspeed", {"moments"})])
+def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_bit(world, tmp_path, kind, halved):
+    """FastComposer, whose U-Net trains, and the optimizer of GPUs; each rank holds half of what is split."""
     settings = (*FASTCOMPOSER, "trainer.on_nonfinite=skip", "callbacks.checkpoint.asynchronous=true")
-    parts = (*settings, *SPLIT, "data.batch_size=2", "optim.optimizer.fused=true")
+    parts = (*settings, *split(kind), "data.batch_size=2", "optim.optimizer.fused=true")
     hook = BadGradient(tmp_path)
     for name, number, given in (("one", 1, settings), ("two", 2, parts)):
         codes, said = train(world, tmp_path / name, number, *given, hook=hook)
@@ -140,6 +153,9 @@ def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_b
 
     whole, *halves = (json.loads((tmp_path / f"held.{name}.json").read_text()) for name in ("1.0", "2.0", "2.1"))
     for what, number in whole.items():
+        if what not in halved:
+            assert [half[what] for half in halves] == [number, number]
+            continue
         assert sum(half[what] for half in halves) == number
         assert max(half[what] for half in halves) < 0.55 * number, what
 
@@ -156,9 +172,10 @@ def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_b
 
 
 @pytest.mark.slow
-def test_four_ranks_that_split_a_finetuned_unet_take_the_steps_of_one(world, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_that_split_a_finetuned_unet_take_the_steps_of_one(world, tmp_path, kind):
     settings = ("model=finetune", "optim.lr=1e-4", "max_steps=3")
-    four = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=1")
+    four = (*split(kind, 4), "data.batch_size=1")
     for name, number, given in (("one", 1, settings), ("four", 4, (*settings, *four))):
         codes, said = train(world, tmp_path / name, number, *given)
         assert codes == [0] * number, said
@@ -170,9 +187,10 @@ def test_four_ranks_that_split_a_finetuned_unet_take_the_steps_of_one(world, tmp
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_its_weights_are_kept_whole(world, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_its_weights_are_kept_whole(world, tmp_path, kind):
     run = tmp_path / "run"
-    codes, said = train(world, run, 2, *FASTCOMPOSER, *SPLIT, "data.batch_size=2", hook=BadGradient(tmp_path))
+    codes, said = train(world, run, 2, *FASTCOMPOSER, *split(kind), "data.batch_size=2", hook=BadGradient(tmp_path))
     assert codes == [2, 2], said
     told = [line for line in said.splitlines() if line.startswith("moa-train: error:")]
     assert len(told) == 2
@@ -181,6 +199,31 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_its_weights_ar
     kept = load_file(run / "nonfinite" / "step=000002.safetensors")
     module = build_module(world.compose([e for e in world.overrides(*FASTCOMPOSER) if "sinusoids" not in e]))[1]
     module.load_state_dict(kept)
+
+
+@pytest.mark.slow
+def test_deepspeed_in_bf16_mixed_keeps_float32_weights_and_takes_the_steps_of_ddp(world, tmp_path):
+    settings = ("trainer.precision=bf16-mixed", "prior_dtype=bfloat16", "optim.lr=1e-4", "max_steps=4")
+    settings += ("validate_every=4", "data.batch_size=1")
+    for kind in ("ddp", "deepspeed"):
+        codes, said = train(world, tmp_path / kind, 2, *settings, *split(kind))
+        assert codes == [0, 0], said
+    given, expected = load(tmp_path / "deepspeed"), load(tmp_path / "ddp")
+    assert_close(given, expected)
+    assert {value.dtype for value in given["state_dict"].values()} == {torch.float32}
+    mine, other = (read_rows(tmp_path / kind / "metrics.csv")[-1] for kind in ("deepspeed", "ddp"))
+    for name in ("train/loss", "train/grad_norm", "val/masked"):
+        assert float(mine[name]) == pytest.approx(float(other[name]), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_deepspeed_of_stage_1_takes_the_steps_of_stage_2(world, tmp_path):
+    settings = (*split("deepspeed"), "optim.lr=1e-4", "max_steps=3", "data.batch_size=1")
+    settings += ("trainer.accumulate_grad_batches=2",)
+    for stage in (1, 2):
+        codes, said = train(world, tmp_path / str(stage), 2, *settings, f"trainer.strategy.stage={stage}")
+        assert codes == [0, 0], said
+    assert_close(load(tmp_path / "1"), load(tmp_path / "2"))
 
 
 def test_split_blocks_of_frozen_bfloat16_and_trained_float32_give_the_loss_and_nearly_the_gradients_of_whole_ones(
