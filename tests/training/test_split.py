@@ -35,13 +35,14 @@ def split(kind, devices=2):
 
 
 @dataclass(frozen=True)
-class BadGradient:
-    """A hook: of step 2 the last rank's part of one gradient is NaN; each rank notes the bytes that it holds.
+class BadStep:
+    """A hook: in step 2 the last rank's part of one gradient is NaN, or its loss; each rank notes the bytes it holds.
 
     killed_at: the step after which both ranks are killed.
     """
 
     folder: Path
+    what: str = "gradient"
     killed_at: int | None = None
 
     def __call__(self):
@@ -53,7 +54,10 @@ class BadGradient:
         judge, log = FiniteSteps.on_before_optimizer_step, SampleLog.after_step
 
         def spoil_and_judge(callback, trainer, module, optimizer):
-            if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
+            here = trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1
+            if here and self.what == "loss":
+                callback._loss = torch.tensor(float("nan"))
+            elif here:
                 zero = isinstance(trainer.strategy, ZeroStrategy)
                 parts = optimizer.averaged_gradients[0] if zero else [optimizer.param_groups[0]["params"][0].grad]
                 own_part(parts[0]).fill_(float("nan"))
@@ -134,12 +138,14 @@ def test_two_then_one_then_two_ranks_that_split_moa_take_the_steps_of_one(world,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "halved"), [("fsdp", {"weights", "moments"}), ("deepspeed", {"moments"})])
-def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_bit(world, tmp_path, kind, halved):
+@pytest.mark.parametrize(
+    ("kind", "what", "halved"), [("fsdp", "gradient", {"weights", "moments"}), ("deepspeed", "loss", {"moments"})]
+)
+def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_bit(world, tmp_path, kind, what, halved):
     """FastComposer, whose U-Net trains, and the optimizer of GPUs; each rank holds half of what is split."""
     settings = (*FASTCOMPOSER, "trainer.on_nonfinite=skip", "callbacks.checkpoint.asynchronous=true")
     parts = (*settings, *split(kind), "data.batch_size=2", "optim.optimizer.fused=true")
-    hook = BadGradient(tmp_path)
+    hook = BadStep(tmp_path, what)
     for name, number, given in (("one", 1, settings), ("two", 2, parts)):
         codes, said = train(world, tmp_path / name, number, *given, hook=hook)
         assert codes == [0] * number, said
@@ -160,7 +166,7 @@ def test_ranks_that_split_a_whole_unet_skip_alike_are_killed_and_resume_to_the_b
         assert max(half[what] for half in halves) < 0.55 * number, what
 
     killed = tmp_path / "killed"
-    codes, said = train(world, killed, 2, *parts, hook=BadGradient(tmp_path, killed_at=3))
+    codes, said = train(world, killed, 2, *parts, hook=BadStep(tmp_path, what, killed_at=3))
     assert codes == [-9, -9], said
     assert load(killed)["global_step"] == 2
     codes, said = train(world, killed, 2, *parts, "ckpt=auto", hook=hook)
@@ -190,7 +196,7 @@ def test_four_ranks_that_split_a_finetuned_unet_take_the_steps_of_one(world, tmp
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_its_weights_are_kept_whole(world, tmp_path, kind):
     run = tmp_path / "run"
-    codes, said = train(world, run, 2, *FASTCOMPOSER, *split(kind), "data.batch_size=2", hook=BadGradient(tmp_path))
+    codes, said = train(world, run, 2, *FASTCOMPOSER, *split(kind), "data.batch_size=2", hook=BadStep(tmp_path))
     assert codes == [2, 2], said
     told = [line for line in said.splitlines() if line.startswith("moa-train: error:")]
     assert len(told) == 2

@@ -190,6 +190,13 @@ class FullWeights(DeepSpeedPrecision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(_device(), torch.bfloat16) if self.autocast else nullcontext()
 
+    @contextmanager
+    def train_step_context(self) -> Iterator[None]:
+        """Nothing: the engine itself computes as `ZeroStrategy` tells it."""
+        yield
+
+    val_step_context = train_step_context
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         """As it is: a frozen prior may be bfloat16."""
         return module
