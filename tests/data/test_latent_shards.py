@@ -55,7 +55,7 @@ def test_training_from_latents_is_training_from_pictures(tmp_path, tokenizer, co
         row, other = plain(pictures[key % 9], key, key), latent(views[key % 9], key, key)
         assert (other["caption"], other["key"], other["sample"]) == (row["caption"], key, key)
         for name in ("token_ids", "subject_positions", "subject_present", "subject_pixels"):
-            assert torch.equal(other[name], row[name])
+            np.testing.assert_array_equal(other[name], row[name], err_msg=name)
         assert torch.equal(other["subject_masks"], F.avg_pool2d(row["subject_masks"].float(), FACTOR))
         pixels = row["pixels"][None] / 127.5 - 1
         expected = codec.moments(pixels)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
@@ -109,14 +110,9 @@ def _place(
     """In the middle of the canvas: subject + (1 - weight) canvas."""
     (height, width), side = weight.shape, len(canvas)
     top, left = (side - height) // 2, (side - width) // 2
-    window = canvas.reshape(side, 3 * side)[top : top + height, 3 * left : 3 * (left + width)]
-    behind = window.astype(np.uint16)
-    behind *= (255 - weight).repeat(3, axis=1)
-    behind += 128
-    behind += behind >> 8
-    behind >>= 8  # a rounded division by 255
-    window[...] = behind
-    window += np.minimum(subject.reshape(height, 3 * width), ~window)  # at most 255, whatever a record holds
+    window = canvas[top : top + height, left : left + width]
+    cv2.multiply(window, cv2.merge([~weight] * 3), dst=window, scale=1 / 255)
+    cv2.add(window, subject, dst=window)  # at most 255, whatever a record holds
 
 
 def _upper_square(width: int, top: int, bottom: int, rng: np.random.Generator) -> int:
@@ -136,11 +132,10 @@ def _turned(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _canvas(side: int, rng: np.random.Generator, background: str) -> UInt8[np.ndarray, "side side 3"]:
     if background == "grey":
         return np.full((side, side, 3), GREY, dtype=np.uint8)
-    noise = np.empty(side * side * 3, dtype=np.uint8)
-    whole = len(noise) // 8 * 8  # the bytes of rng.bytes, and the generator as it leaves it, five times as fast
-    noise[:whole] = rng.bit_generator.random_raw(whole // 8).astype("<u8", copy=False).view(np.uint8)
-    if whole < len(noise):  # asked for no byte, the generator still draws a number
-        noise[whole:] = np.frombuffer(rng.bytes(len(noise) - whole), dtype=np.uint8)
+    whole, rest = divmod(side * side * 3, 8)  # the bytes of rng.bytes, and the generator as it leaves it, but faster
+    noise = rng.bit_generator.random_raw(whole).astype("<u8", copy=False).view(np.uint8)
+    if rest:  # asked for no byte, the generator still draws a number
+        noise = np.concatenate([noise, np.frombuffer(rng.bytes(rest), dtype=np.uint8)])
     return noise.reshape(side, side, 3)
 
 

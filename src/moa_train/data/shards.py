@@ -158,7 +158,7 @@ def index_shards(
 
 
 class ShardReader:
-    """Samples by number: one `pread` a sample, no file position shared between workers.
+    """Samples by number: by `pread`, no file position shared between workers.
 
     Args:
         index: what to read.
@@ -192,40 +192,33 @@ class ShardReader:
             BadSample: the shard ends early, other members lie where the index says, or a content was changed.
         """
         row = self.index.members[number]
-        places = {kind: (int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])) for kind in kinds}
-        places = {kind: place for kind, place in places.items() if place[1]}
-        if not places:
-            raise BadSample(f"shard {self._shard(number).name}, sample {number}: the index knows none of its members")
-        first = min(offset for offset, _ in places.values()) - BLOCK
-        last = max(offset + size for offset, size in places.values())
-        content = os.pread(self._file(int(row["shard"])), last - first, first)
-        shard = self._shard(number).name
-        if len(content) < last - first:
-            raise BadSample(f"shard {shard}, sample {number}: the file ends before byte {last}: it is truncated")
+        shard, file = self.index.shards[row["shard"]].name, self._file(int(row["shard"]))
         keys, members = set(), {}
-        for kind, (offset, size) in places.items():
-            start = offset - first
+        for kind in kinds:
+            offset, size = int(row[f"{kind}_offset"]), int(row[f"{kind}_size"])
+            if not size:
+                continue
+            header, content = os.pread(file, BLOCK, offset - BLOCK), os.pread(file, size, offset)
+            if len(content) < size:
+                end = offset + size
+                raise BadSample(f"shard {shard}, sample {number}: the file ends before byte {end}: it is truncated")
             try:
-                key, suffix = check_header(content[start - BLOCK : start], size)
+                key, suffix = check_header(header, size)
             except BadSample as error:
                 raise BadSample(f"shard {shard}, sample {number}: {error}") from error
             if kind_of(suffix) != kind:
                 raise BadSample(f"shard {shard}, key {key}: the index expects the {kind} where {key}.{suffix} lies")
             keys.add(key)
-            members[suffix] = content[start : start + size]
+            members[suffix] = content
+        if not members:
+            raise BadSample(f"shard {shard}, sample {number}: the index knows none of its members")
         if len(keys) > 1:
             raise BadSample(f"shard {shard}, key {min(keys)}: mixed with the members of {', '.join(sorted(keys)[1:])}")
-        self._check_contents(number, key, members)
-        return key, members
-
-    def _check_contents(self, number: int, key: str, members: dict[str, bytes]) -> None:
-        if not self.index.checked:
-            return
-        row = self.index.members[number]
         for suffix, content in members.items():
-            if zlib.crc32(content) != row[f"{kind_of(suffix)}_crc"]:
-                where = f"shard {self._shard(number).name}, key {key}"
+            if self.index.checked and zlib.crc32(content) != row[f"{kind_of(suffix)}_crc"]:
+                where = f"shard {shard}, key {key}"
                 raise BadSample(f"{where}: {key}.{suffix} was changed since it was indexed (CRC-32)")
+        return key, members
 
     def close(self) -> None:
         """Close every file."""

@@ -6,14 +6,17 @@ numbers depend on another stage's options, on workers or on ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 from moa_train.data.cutout import AUGMENTATIONS, BACKGROUNDS, cut_out
 from moa_train.data.geometry import CROPS, PADS, Flip, Resize
@@ -177,7 +180,7 @@ class Pipeline:
             "subject_present": tokens.present,
         }
 
-    def _subjects(self, stored: Sample, view: Sample, key: int) -> dict[str, torch.Tensor]:
+    def _subjects(self, stored: Sample, view: Sample, key: int) -> dict[str, Any]:
         """Masks in the view, and pictures cut out of the stored picture at its full resolution."""
         masks = torch.zeros(self.max_subjects, self.resolution, self.resolution, dtype=torch.bool)
         for slot, segment in enumerate(view.segments):
@@ -185,15 +188,15 @@ class Pipeline:
         shown = [(stored.image, stored.labels == segment.id) for segment in view.segments]
         return {"subject_masks": masks, "subject_pixels": self._pictures(shown, key)}
 
-    def _pictures(self, subjects: Sequence[tuple[Image.Image | np.ndarray, np.ndarray]], key: int) -> torch.Tensor:
-        """Subjects, each a picture and its mask, cut out as this pipeline's settings say; empty slots are black."""
-        pictures = np.empty((self.max_subjects, 3, self.subject_size, self.subject_size), dtype=np.uint8)
-        pictures[len(subjects) :] = 0
+    def _pictures(
+        self, subjects: Sequence[tuple[Image.Image | np.ndarray, np.ndarray]], key: int
+    ) -> UInt8[np.ndarray, "subjects size size 3"]:
+        """Subjects, each a picture and its mask, cut out as this pipeline's settings say."""
+        pictures = np.empty((len(subjects), self.subject_size, self.subject_size, 3), dtype=np.uint8)
         for slot, (image, mask) in enumerate(subjects):
             look = (self.background, self.augment_subject, self.augmentation)
-            picture = cut_out(image, mask, self.subject_size, stage_rng(key, 3 + slot), *look)
-            pictures[slot] = picture.transpose(2, 0, 1)
-        return torch.from_numpy(pictures)
+            pictures[slot] = cut_out(image, mask, self.subject_size, stage_rng(key, 3 + slot), *look)
+        return pictures
 
     @property
     def _choose(self) -> ChooseSubjects:
@@ -208,8 +211,27 @@ def stage_rng(key: int, stage: int) -> np.random.Generator:
 
 def collate(rows: Sequence[dict[str, Any]]) -> Batch:
     """Stack rows of one pipeline; in a worker process straight into the memory that it shares with the run's."""
-    stacked = default_collate(list(rows))
-    return Batch(**{"pixels": None, **stacked, "caption": tuple(stacked["caption"])})
+    rows = [dict(row) for row in rows]
+    pictures = _slots([row.pop("subject_pixels") for row in rows], len(rows[0]["subject_present"]))
+    stacked = default_collate(rows)
+    return Batch(**{"pixels": None, **stacked, "subject_pixels": pictures, "caption": tuple(stacked["caption"])})
+
+
+def _slots(
+    rows: Sequence[UInt8[np.ndarray, "_ size size 3"]], slots: int
+) -> UInt8[torch.Tensor, "rows slots 3 size size"]:
+    """Each row's pictures in its first slots, channels first; the other slots are black."""
+    shape = (len(rows), slots, 3, *rows[0].shape[1:3])
+    if get_worker_info() is None:
+        batch = torch.empty(shape, dtype=torch.uint8)
+    else:
+        memory = torch.UntypedStorage._new_shared(math.prod(shape))  # as default_collate
+        batch = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
+    for place, pictures in zip(batch.numpy(), rows, strict=True):
+        for slot, picture in zip(place, pictures, strict=False):
+            cv2.split(picture, [*slot])
+        place[len(pictures) :] = 0
+    return batch
 
 
 def _channels_first(image: Picture) -> torch.Tensor:
