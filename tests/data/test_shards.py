@@ -174,6 +174,11 @@ def test_an_offset_without_a_header_is_refused(packed):
         ShardReader(index).read(3)
 
 
+def test_a_sample_whose_members_the_index_does_not_know_is_refused(packed):
+    with pytest.raises(BadSample, match=r"shard \S+\.tar, sample 3: the index knows none of its members"):
+        ShardReader(packed).read(3, ("latent",))
+
+
 def test_a_truncated_shard_is_refused(packed):
     path = _shards(packed)[0]
     path.write_bytes(path.read_bytes()[:3000])
