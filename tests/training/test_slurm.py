@@ -153,3 +153,19 @@ def test_a_job_without_srun_starts_the_ranks_that_it_was_asked_for(world, tmp_pa
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert [len(read_rows(tmp_path / f"sample_log{rank}.csv")) for rank in ("", ".rank1")] == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_tasks_of_srun_are_the_ranks_of_deepspeed(world, tmp_path):
+    """srun numbers them in other variables than DeepSpeed reads."""
+    job = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    job |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    job |= {"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    two = ("trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=1")
+    command = [sys.executable, "-m", "moa_train.train", *world.overrides(*two, "max_steps=1", f"run_dir={tmp_path}")]
+    tasks = [
+        subprocess.Popen([*command, "ckpt=auto"], env={**job, "SLURM_PROCID": task, "SLURM_LOCALID": task})
+        for task in ("0", "1")
+    ]
+    assert [task.wait(300) for task in tasks] == [0, 0]
+    assert [len(read_rows(tmp_path / f"sample_log{rank}.csv")) for rank in ("", ".rank1")] == [1, 1]

@@ -6,6 +6,7 @@ numbers that are not finite, float32 weights, one file that any number of ranks 
 
 from __future__ import annotations
 
+import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         DDPStrategy.setup_distributed(self)
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed wants it; srun does not set it
         if self.root_device.type == "cpu":  # else it compiles this with a C++ compiler, for collectives not used here
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
