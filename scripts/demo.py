@@ -1,4 +1,4 @@
-"""`make demo`: the whole way from data to tables on the toy world, in a quarter of an hour on two CPU cores.
+"""`make demo`: the whole way from data to tables on the toy world, in about five minutes on two CPU cores.
 
 Each step is the command that a user would type; steps whose result exists are skipped, so that a demo that was
 interrupted goes on where it was. `rm -r runs/demo data/toy` starts anew.
@@ -6,6 +6,7 @@ interrupted goes on where it was. `rm -r runs/demo data/toy` starts anew.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def steps() -> list[Step]:
 
 def main() -> None:
     """Run the steps that are not done; print the table and where to look."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start = time.monotonic()
     planned = steps()
     for number, step in enumerate(planned, 1):

@@ -10,6 +10,7 @@ quarter; ends with exit code 1 where memory grows by more than `mib=4` per 1,000
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -100,8 +101,16 @@ def slope(steps: np.ndarray, values: np.ndarray) -> float:
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    steps, bound = int(given.pop("steps", 2000)), float(given.pop("mib", BOUND_MIB))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="steps, mib, out, or settings of moa-train")
+    settled = parser.parse_args().settings
+    if strays := [each for each in settled if "=" not in each]:
+        parser.error(f"{strays[0]!r}: expected name=value, as in steps=300")
+    given = dict(each.split("=", 1) for each in settled)
+    try:
+        steps, bound = int(given.pop("steps", 2000)), float(given.pop("mib", BOUND_MIB))
+    except ValueError as error:
+        parser.error(f"steps= and mib= take numbers: {error}")
     if not Path("/proc/self/statm").exists():
         sys.exit("soak.py reads /proc, which this system does not have: run it on Linux")
     with tempfile.TemporaryDirectory() as scratch:
