@@ -108,6 +108,7 @@ def test_ranks_that_split_the_optimizer_share_gradients_moments_and_a_copy_of_wh
     memory = step_memory(module, batch, bf16=False, averaged=True)
     trained = sum(value.numel() * 4 for value in module.trained_parameters().values())
     assert memory.deepspeed(4) == memory.total - 3 * trained + 4 * trained // 4 + 2 * trained
+    assert memory.deepspeed(4, stage=1) == memory.total - 2 * trained + -(-3 * trained // 4) + 2 * trained
 
 
 @pytest.fixture

@@ -146,7 +146,8 @@ def _memory(found: Plan, memory: Memory, libraries: int) -> None:
     needed = memory.total
     if found.cfg.trainer.devices not in (1, "1"):
         ranks = _ranks(found.cfg)
-        shares = {"fsdp": memory.fsdp(ranks), "deepspeed": memory.deepspeed(ranks)}
+        stage = OmegaConf.select(found.cfg, "trainer.strategy.stage", default=2)
+        shares = {"fsdp": memory.fsdp(ranks), "deepspeed": memory.deepspeed(ranks, stage)}
         chosen = str(OmegaConf.select(found.cfg, "trainer.strategy._target_")).rpartition(".")[2]
         if chosen in shares:
             needed = shares[chosen]

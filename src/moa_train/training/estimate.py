@@ -53,12 +53,12 @@ class Memory:
         parts = self.split + self.trained + self.gradients + self.optimizer + self.average
         return self.total - parts + -(-parts // ranks) + self.gathered
 
-    def deepspeed(self, ranks: int) -> int:
-        """`total` of one of so many ranks that split the optimizer (trainer=deepspeed, stage 2).
+    def deepspeed(self, ranks: int, stage: int = 2) -> int:
+        """`total` of one of so many ranks that split the optimizer, in stage 2 the gradients, too (trainer=deepspeed).
 
         The optimizer's part has weights of its own; two buckets of gradients are on their way at one moment.
         """
-        parts = self.gradients + self.optimizer
+        parts = self.optimizer + (self.gradients if stage == 2 else 0)
         return self.total - parts + -(-(parts + self.trained) // ranks) + 2 * min(self.trained, 4 * ZERO_BUCKET)
 
 
